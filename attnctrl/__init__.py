@@ -1,0 +1,52 @@
+"""attnctrl: control attention in diffusion models and vision-language models.
+
+    import attnctrl as ac
+    with ac.attach(pipe, ac.SoftPAG(heads="3.5,4.2", scale=3.0)):
+        image = pipe("a red cat").images[0]
+
+Public names are loaded when first used: `import attnctrl` alone imports neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "AttnCtrlError": "errors",
+    "Control": "controls",
+    "HeadSet": "heads",
+    "Region": "regions",
+    "RegionalPrompts": "controls",
+    "Schedule": "schedule",
+    "Session": "processors",
+    "SoftPAG": "controls",
+    "attach": "processors",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from .controls import Control, RegionalPrompts, SoftPAG
+    from .errors import AttnCtrlError
+    from .heads import HeadSet
+    from .processors import Session, attach
+    from .regions import Region
+    from .schedule import Schedule
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        from ._quiet import quiet_imports
+
+        with quiet_imports():
+            value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'attnctrl' has no attribute {name!r}; public names: {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

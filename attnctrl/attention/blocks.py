@@ -1,0 +1,135 @@
+"""Attention of one block: its rows over its key bundles, maskless where it can be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attnctrl.attention.dispatch import attend, merge
+from attnctrl.attention.groups import Tokens, take
+from attnctrl.attention.program import Block, Bundle
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What every step of one call shares. q (B, H, n_q, D), k and v (B, H_kv, n_k, D)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float | None
+    causal: bool
+    kernel: str | None
+
+    def rows(self, tokens: Tokens) -> Inputs:
+        """Only these batch rows."""
+        q, k, v = (take(x, tokens, 0) for x in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v)
+
+    def heads(self, tokens: Tokens, names: tuple[int, ...]) -> Inputs:
+        """Only these query heads, each with its own key head."""
+        q = take(self.q, tokens, 1)
+        return replace(self, q=q, k=self._of_heads(self.k, tokens, names), v=self._of_heads(self.v, tokens, names))
+
+    def v_of_heads(self, names: tuple[int, ...] | None, tokens: Tokens = slice(None)) -> Tensor:
+        """v (B, h, n_k, D_v) of these query heads, or of all."""
+        return self._of_heads(self.v, tokens, tuple(range(self.q.shape[1])) if names is None else names)
+
+    def _of_heads(self, x: Tensor, tokens: Tokens, names: tuple[int, ...]) -> Tensor:
+        group = self.q.shape[1] // x.shape[1]
+        if group == 1:
+            return take(x, tokens, 1)
+        return x.index_select(1, torch.tensor([head // group for head in names], device=x.device))
+
+
+def attend_block(
+    inputs: Inputs, block: Block, *, need_lse: bool, heads: Tokens | None = None, queries: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The rows of a block over its keys: out (B, H, rows, D_v), lse (B, H, rows) or None.
+
+    ``heads`` picks the heads of biases that have them, where ``inputs`` are of some heads only. ``queries`` stand in for the
+    block's rows (as many of them if causal).
+    """
+    q = take(inputs.q, block.queries) if queries is None else queries
+    bundles = block.bundles
+    if len(bundles) > 1 and not need_lse and _prefers_vector(inputs, q, bundles):
+        bundles = (block.vector,)
+    if len(bundles) == 1 and not need_lse:
+        return _attend_bundle(inputs, q, bundles[0], False, heads)
+    if not bundles:
+        out, lse = attend(q, inputs.k[:, :, :0], inputs.v[:, :, :0], scale=inputs.scale)
+        return out, lse
+    outs, lses = [], []
+    for bundle in bundles:
+        out, lse = _attend_bundle(inputs, q, bundle, True, heads)
+        outs.append(out)
+        lses.append(_plus(lse, bundle.bias, heads))
+    return (outs[0], lses[0]) if len(outs) == 1 else merge(outs, lses)
+
+
+def _prefers_vector(inputs: Inputs, q: Tensor, bundles: tuple[Bundle, ...]) -> bool:
+    """One call with a bias per key instead of a merge by LSE: fused kernels have no gradient through the LSE."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (q, inputs.k, inputs.v))
+
+
+def _attend_bundle(
+    inputs: Inputs, q: Tensor, bundle: Bundle, need_lse: bool, heads: Tokens | None
+) -> tuple[Tensor, Tensor | None]:
+    k, v = take(inputs.k, bundle.keys), take(inputs.v, bundle.keys)
+    bias = _of_heads(bundle.key_bias(q.device), heads)
+    shared = {"scale": inputs.scale, "need_lse": need_lse, "kernel": inputs.kernel}
+    if bundle.limits is not None:
+        return attend(q, k, v, key_bias=bias, limits=bundle.limits, **shared)
+    if bundle.pieces is None:
+        return attend(q, k, v, key_bias=bias, **shared)
+    parts = []
+    for start, stop, keys, causal in bundle.pieces:
+        part_bias = None if bias is None else bias[..., :keys]
+        rows = q[:, :, start:stop]
+        parts.append(attend(rows, k[:, :, :keys], v[:, :, :keys], causal=causal, key_bias=part_bias, **shared))
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2) if need_lse else None
+
+
+def _of_heads(bias: Tensor | None, heads: Tokens | None) -> Tensor | None:
+    if bias is None or heads is None or bias.ndim < 3 or bias.shape[1] == 1:
+        return bias
+    return take(bias, heads, 1)
+
+
+def _plus(lse: Tensor, bias: float | Tensor, heads: Tokens | None) -> Tensor:
+    if not isinstance(bias, Tensor):
+        return lse if bias == 0 else lse + bias
+    bias = bias.to(lse.device, lse.dtype)
+    return lse + (bias if bias.ndim < 3 else _of_heads(bias, heads))
+
+
+def dense_bias(block: Block, n_k: int, device: torch.device, heads: Tokens | None) -> Tensor:
+    """The bias of every key as the block sees it, -inf where it does not: (B|1, H|1, n_k)."""
+    bundle = block.vector
+    bias = bundle.key_bias(device)
+    if bias is None:
+        bias = torch.zeros(1, 1, bundle.size, device=device)
+    bias = _of_heads(bias, heads)
+    full = bias.new_full((*bias.shape[:2], n_k), -math.inf)
+    if isinstance(bundle.keys, slice):
+        take(full, bundle.keys, 2).copy_(bias)
+    else:
+        full.index_copy_(2, bundle.keys.to(device), bias)
+    return full
+
+
+def add_weighted(total: Tensor, tokens: Tokens, part: Tensor, weight: float | Tensor) -> None:
+    """total[tokens] += weight * part, in place; total (B, H, n_q, D) in float32 or wider, weight one number or (tokens,)."""
+    if isinstance(weight, Tensor):
+        weight = weight.to(total.device, total.dtype)
+        weight = weight if weight.ndim == 0 else weight[:, None]
+    part = part.to(total.dtype) * weight
+    if isinstance(tokens, slice):
+        take(total, tokens).add_(part)
+    else:
+        total.index_add_(2, tokens.to(total.device), part.expand(-1, -1, len(tokens), -1))

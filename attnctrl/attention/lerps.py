@@ -1,0 +1,206 @@
+"""Blend heads toward a target: SoftPAG, SoftUG, SoftSEG and SoftMG without an attention map.
+
+Ahn, Kang et al., Where and How to Perturb: On the Design of Perturbation Guidance in Diffusion and Flow Models, 2025,
+arXiv 2506.10978. With A the attention of a head and u its strength, (1 - u) A + u T applied to v is
+
+    lerp(out, t, u),   t = v (T = 1), the mean of v (T uniform), attn(q̄, k, v) (one row for all), v of the largest logit (one-hot)
+
+so only t is computed, and only for the heads with a strength. See ``plan.Lerp`` for regions. q̄ is the mean of q as attention gets
+it, after norms and rotary embedding.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from attnctrl.attention import groups
+from attnctrl.attention.blocks import Inputs, add_weighted, attend_block, dense_bias
+from attnctrl.attention.groups import Tokens, take
+from attnctrl.attention.plan import Lerp
+from attnctrl.attention.program import Block, Program, Region
+from attnctrl.attention.tiled import tiled_argmax
+from attnctrl.errors import AttnCtrlError
+
+
+def apply_lerp(inputs: Inputs, program: Program, number: int, lerp: Lerp, out: Tensor) -> Tensor:
+    """Edit the lerp's heads and rows of ``out`` (B, H, n_q, D_v) in place; ``number`` is the lerp's place in its plan."""
+    n_q, n_k = inputs.q.shape[2], inputs.k.shape[2]
+    if n_q != n_k and (lerp.target == "identity" or (lerp.region is not None and lerp.target != "mean_query")):
+        raise AttnCtrlError(f"a lerp to {lerp.target} needs as many queries as keys, got {n_q} and {n_k}")
+    heads = _tokens(lerp.heads, out.device)
+    if lerp.region is None:
+        rows: Tokens = slice(0, n_q)
+        target = _target(inputs, program, lerp, heads)
+    else:
+        rows = groups.tokens_of(groups.spans(lerp.region, n_q), out.device)
+        target = _region_target(inputs, program, number, lerp, heads, rows)
+    part = take(take(out, heads, 1), rows)
+    strength = _strength(lerp, heads, part)
+    blended = torch.lerp(part, target.to(part.dtype).expand_as(part), strength)
+    blended = torch.where(strength == 0, part, blended)
+    if isinstance(heads, slice):
+        return _write(out, heads, rows, blended)
+    if lerp.region is None:
+        out.index_copy_(1, heads, blended)
+        return out
+    whole = take(out, heads, 1)
+    groups.put(whole, rows, blended)
+    out.index_copy_(1, heads, whole)
+    return out
+
+
+def _write(out: Tensor, heads: slice, rows: Tokens, value: Tensor) -> Tensor:
+    groups.put(take(out, heads, 1), rows, value)
+    return out
+
+
+def _tokens(heads: tuple[int, ...], device: torch.device) -> Tokens:
+    if heads[-1] - heads[0] + 1 == len(heads):
+        return slice(heads[0], heads[-1] + 1)
+    return torch.tensor(heads, device=device)
+
+
+def _strength(lerp: Lerp, heads: Tokens, part: Tensor) -> Tensor:
+    """(1|B, h, 1, 1) in the dtype of the output."""
+    strength = lerp.strength.to(part.device, part.dtype)
+    strength = strength[None] if strength.ndim == 1 else strength
+    return take(strength, heads, 1)[..., None, None]
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _target(inputs: Inputs, program: Program, lerp: Lerp, heads: Tokens) -> Tensor:
+    """The target of every row: (B, h, n_q, D_v), or (B, h, 1, D_v) if it is the same for all."""
+    if lerp.target == "identity":
+        return inputs.v_of_heads(lerp.heads, heads)
+    some = inputs.heads(heads, lerp.heads)
+    one_row = program.plain and not inputs.causal and lerp.target != "argmax"
+    mean = _mean_query(some.q)
+    total = _zeros(some)
+    for block in program.blocks:
+        target = _block_target(some, block, lerp, heads, mean)
+        if one_row or (program.plain and lerp.target == "argmax"):
+            return target
+        add_weighted(total, block.queries, target, block.weight)
+    return total
+
+
+def _region_target(inputs: Inputs, program: Program, number: int, lerp: Lerp, heads: Tokens, rows: Tokens) -> Tensor:
+    """The target of the region's rows, (B, h, rows, D_v)."""
+    some = inputs.heads(heads, lerp.heads)
+    mean = _mean_query(take(some.q, rows))
+    total = _zeros(some)
+    for block in program.blocks:
+        region = block.regions[number]
+        if region.rows == 0:
+            continue
+        if lerp.target == "mean_query":
+            target = _mean_query_target(some, region.whole, mean, heads)
+        else:
+            target = _kept_rest(some, region, lerp, heads)
+        weight = block.weight
+        if isinstance(weight, Tensor) and weight.ndim:
+            weight = take(weight.to(target.device), region.chosen, 0)
+        add_weighted(total, region.queries, target, weight)
+    return take(total, rows)
+
+
+def _zeros(inputs: Inputs) -> Tensor:
+    batch, heads, n_q, _ = inputs.q.shape
+    return inputs.q.new_zeros((batch, heads, n_q, inputs.v.shape[3]), dtype=_exact(inputs.q))
+
+
+def _mean_query(q: Tensor) -> Tensor:
+    return q.mean(2, keepdim=True, dtype=_exact(q)).to(q.dtype)
+
+
+def _block_target(some: Inputs, block: Block, lerp: Lerp, heads: Tokens, mean: Tensor) -> Tensor:
+    if lerp.target == "mean_query":
+        return _mean_query_target(some, block, mean, heads)
+    if lerp.target == "uniform":
+        return _uniform(some, block, heads)
+    return _argmax(some, block, heads)
+
+
+def _mean_query_target(some: Inputs, block: Block, mean: Tensor, heads: Tokens) -> Tensor:
+    """attn(q̄) over the block's keys, one row; if causal, row i sees the keys up to its own."""
+    queries = mean.expand(-1, -1, block.rows, -1) if some.causal else mean
+    return attend_block(some, block, need_lse=False, heads=heads, queries=queries)[0]
+
+
+def _uniform(some: Inputs, block: Block, heads: Tokens) -> Tensor:
+    """The mean of v over the keys that a row may attend to: (B, h, 1, D_v), if causal (B, h, rows, D_v)."""
+    bundle = block.vector
+    v = take(some.v, bundle.keys)
+    bias = dense_bias(block, some.k.shape[2], v.device, heads) if bundle.parts else None
+    exact = _exact(v)
+    if bias is None and not some.causal:
+        return v.mean(2, keepdim=True, dtype=exact) if bundle.size else v.new_zeros(*v.shape[:2], 1, v.shape[3])
+    allowed = v.new_ones(1, 1, bundle.size, 1, dtype=exact)
+    if bias is not None:
+        allowed = (take(bias, bundle.keys) > -math.inf).to(exact)[..., None]
+    v = v.to(exact) * allowed
+    if not some.causal:
+        return v.sum(2, keepdim=True) / allowed.sum(2, keepdim=True).clamp_min(1)
+    seen = _seen(block, v.device)
+    sums, numbers = (torch.cat([torch.zeros_like(x[:, :, :1]), x.cumsum(2)], 2) for x in (v, allowed))
+    return sums.index_select(2, seen) / numbers.index_select(2, seen).clamp_min(1)
+
+
+def _seen(block: Block, device: torch.device) -> Tensor:
+    """How many of the block's keys each of its rows sees, (rows,); causal blocks only."""
+    if block.vector.limits is not None:
+        return block.vector.limits.to(device)
+    steps = [
+        torch.arange(p.keys - (p.stop - p.start) + 1, p.keys + 1, device=device)
+        if p.causal
+        else torch.full((p.stop - p.start,), p.keys, device=device)
+        for p in block.vector.pieces
+    ]
+    return torch.cat(steps) if steps else torch.zeros(0, dtype=torch.int64, device=device)
+
+
+def _argmax(some: Inputs, block: Block, heads: Tokens) -> Tensor:
+    """v of the largest logit of each row, (B, h, rows, D_v)."""
+    q, bundle = take(some.q, block.queries), block.vector
+    k, v = take(some.k, bundle.keys), take(some.v, bundle.keys)
+    if bundle.size == 0:
+        return v.new_zeros(*q.shape[:3], v.shape[3])
+    bias = None
+    if bundle.parts:
+        bias = take(dense_bias(block, some.k.shape[2], q.device, heads), bundle.keys).unsqueeze(2)
+    limits = _seen(block, q.device) if some.causal else None
+    scale = q.shape[-1] ** -0.5 if some.scale is None else some.scale
+    _, best = tiled_argmax(q, k, scale, bias, limits)
+    return v.gather(2, best[..., None].expand(-1, -1, -1, v.shape[3]))
+
+
+def _kept_rest(some: Inputs, region: Region, lerp: Lerp, heads: Tokens) -> Tensor:
+    """w t + (1 - w) o^R: the target among the region's keys, attention to the rest R of the keys kept."""
+    rest, lse_rest = attend_block(some, region.outside, need_lse=True, heads=heads)
+    v = take(some.v, region.queries)
+    if lerp.target == "identity" and lerp.mode == "mask":
+        lse_in = _own_logit(some, region, heads)
+    else:
+        _, lse_in = attend_block(some, region.inside, need_lse=True, heads=heads)
+    if lerp.target == "identity":
+        target = v
+    else:
+        target = _uniform(some, region.inside, heads) if lerp.target == "uniform" else _argmax(some, region.inside, heads)
+    difference = torch.where(lse_rest == -math.inf, torch.full_like(lse_in, math.inf), lse_in - lse_rest)
+    share = torch.sigmoid(difference)[..., None]
+    return target.to(share.dtype) * share + rest.to(share.dtype) * (1 - share)
+
+
+def _own_logit(some: Inputs, region: Region, heads: Tokens) -> Tensor:
+    """s_ii with its bias, (B, h, rows); -inf where the row may not see itself."""
+    exact = _exact(some.q)
+    q, k = take(some.q, region.queries).to(exact), take(some.k, region.queries).to(exact)
+    scale = q.shape[-1] ** -0.5 if some.scale is None else some.scale
+    bias = take(dense_bias(region.inside, some.k.shape[2], q.device, heads), region.queries)
+    return (q * k).sum(-1) * scale + bias.to(exact)

@@ -1,0 +1,119 @@
+"""The same plan with explicit N x N matrices in float64: what the engine is held against.
+
+This is the only path of the package that allocates N x N, and it shares no arithmetic with the engine. For every segment s
+
+    L_s[i, j]  = bias of key j where the segment holds i and j, else -inf          (materialize)
+    A          = sum_s diag(w_s) softmax(scale q k' + L_s)
+    A         <- (1 - u) A + u T      for every lerp, T explicit                    (dense_lerp)
+    out        = head_scale * A v
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from attnctrl.attention.groups import Tokens
+from attnctrl.attention.plan import KeyGroup, Lerp, Plan, Segment
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = None, causal: bool = False) -> Tensor:
+    """Attention under a plan, (B, H, n_q, D_v) float64; q (B, H, n_q, D), k and v (B, H_kv, n_k, D)."""
+    q, k, v = (x.detach().double() for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    if plan.rows is not None:
+        out = dense(q, k, v, Plan(), scale=scale, causal=causal)
+        rows = list(plan.rows)
+        out[rows] = dense(q[rows], k[rows], v[rows], replace(plan, rows=None), scale=scale, causal=causal)
+        return out
+    s = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if causal:
+        offset = s.shape[-1] - s.shape[-2]
+        s = s.masked_fill(~torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril(offset), -math.inf)
+    weights, biases = materialize(plan, q.shape[0], q.shape[1], s.shape[-2], s.shape[-1], s.device)
+    pattern = sum(w[:, None] * softmax(s + bias) for w, bias in zip(weights, biases, strict=True))
+    for lerp in plan.lerps:
+        target = sum(
+            w[:, None] * dense_lerp(lerp, q, k, s + bias, scale, causal) for w, bias in zip(weights, biases, strict=True)
+        )
+        u = lerp.strength.double().to(s.device).reshape(-1, q.shape[1], 1, 1)
+        if lerp.heads is not None:
+            untouched = [head for head in range(q.shape[1]) if head not in lerp.heads]
+            u = u.clone()
+            u[:, untouched] = 0
+        if lerp.region is not None:
+            u = u * mask_of(lerp.region, s.shape[-2], s.device).double()[:, None]
+        pattern = (1 - u) * pattern + u * target
+    out = pattern @ v
+    if plan.head_scale is not None:
+        out = out * plan.head_scale.double().to(s.device).reshape(-1, q.shape[1], 1, 1)
+    return out
+
+
+def materialize(
+    plan: Plan, batch: int, heads: int, n_q: int, n_k: int, device: torch.device | str = "cpu"
+) -> tuple[list[Tensor], list[Tensor]]:
+    """For each segment its weights (n_q,) and its log-bias (B, H, n_q, n_k), -inf where a row may not look."""
+    weights, biases = [], []
+    for segment in plan.segments or (Segment(slice(0, n_q), (KeyGroup(slice(0, n_k)),)),):
+        rows = mask_of(segment.queries, n_q, device)
+        weight = torch.zeros(n_q, dtype=torch.float64, device=device)
+        weight[rows] = torch.as_tensor(segment.weight, dtype=torch.float64, device=device)
+        bias = torch.full((batch, heads, n_k), -math.inf, dtype=torch.float64, device=device)
+        for group in segment.keys:
+            bias[:, :, mask_of(group.tokens, n_k, device)] = torch.as_tensor(group.bias, dtype=torch.float64, device=device)
+        weights.append(weight)
+        biases.append(bias[:, :, None].masked_fill(~rows[:, None], -math.inf))
+    return weights, biases
+
+
+def dense_lerp(lerp: Lerp, q: Tensor, k: Tensor, s: Tensor, scale: float | None, causal: bool) -> Tensor:
+    """The target pattern T (B, H, n_q, n_k) of a lerp; s are the logits, -inf where a row may not look."""
+    n_q, n_k = s.shape[-2:]
+    allowed = s > -math.inf
+    rows = mask_of(slice(0, n_q) if lerp.region is None else lerp.region, n_q, s.device)
+    if lerp.target == "mean_query":
+        mean = q[:, :, rows].mean(2, keepdim=True)
+        logits = (mean @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        # s = q k' + bias: the bias is what remains, the mean row takes it over
+        bias = torch.where(allowed, s - (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale), 0.0)
+        return softmax(torch.where(allowed, logits + bias, -math.inf))
+    if lerp.region is None:
+        return one_target(lerp.target, s)
+    inside = mask_of(lerp.region, n_k, s.device)
+    if lerp.target == "identity" and lerp.mode == "mask":
+        own = torch.eye(n_q, n_k, dtype=torch.bool, device=s.device)
+        return softmax(s.masked_fill(inside & ~own, -math.inf))
+    pattern = softmax(s)
+    mass = (pattern * inside).sum(-1, keepdim=True)
+    if lerp.target == "identity":
+        chosen = torch.eye(n_q, n_k, dtype=s.dtype, device=s.device)
+    else:
+        chosen = one_target(lerp.target, s.masked_fill(~inside, -math.inf))
+    rest = softmax(s.masked_fill(inside, -math.inf))
+    return mass * chosen + (1 - mass) * rest
+
+
+def one_target(target: str, s: Tensor) -> Tensor:
+    """Identity matrix, uniform over what a row sees, or one-hot at its largest logit: (B, H, n_q, n_k)."""
+    allowed = (s > -math.inf).double()
+    if target == "identity":
+        return torch.eye(*s.shape[-2:], dtype=s.dtype, device=s.device).expand_as(s)
+    if target == "uniform":
+        return allowed / allowed.sum(-1, keepdim=True).clamp_min(1)
+    return torch.zeros_like(s).scatter_(-1, s.argmax(-1, keepdim=True), 1.0) * allowed
+
+
+def softmax(s: Tensor) -> Tensor:
+    """Softmax along keys; a row that sees nothing is zero."""
+    return torch.softmax(s, -1).nan_to_num(0.0)
+
+
+def mask_of(tokens: Tokens, n: int, device: torch.device | str) -> Tensor:
+    """(n,) bool."""
+    mask = torch.zeros(n, dtype=torch.bool, device=device)
+    mask[tokens] = True
+    return mask

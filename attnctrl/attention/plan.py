@@ -1,0 +1,281 @@
+"""What happens in one attention call, as plain frozen values.
+
+A ``Plan`` says who attends to whom (segments of query tokens x groups of key tokens, each with a log-bias), which heads are
+blended toward a target (lerps), and what scales the heads. It knows nothing of how that is computed: ``engine.run`` computes it
+around fused attention, ``oracle.dense`` with explicit N x N matrices. Values are never written to after construction; to change a
+strength make a new plan, or keep a tensor and name its ``heads`` (see ``Lerp``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from attnctrl.attention.groups import Spans, Tokens, as_tokens, count, join, overlap, spans
+from attnctrl.errors import AttnCtrlError
+
+
+Target = Literal["identity", "uniform", "mean_query", "argmax"]
+Mode = Literal["mask", "mass"]
+
+
+@dataclass(frozen=True, eq=False)
+class KeyGroup:
+    """Key tokens and what is added to their logits.
+
+    ``bias`` is a number (-inf forbids the group), or a tensor: per key (n,) or (B|1, H|1, n), -inf allowed per key; or with a last
+    dimension of 1 (or no dimension) one bias for the whole group, e.g. per sample (B, 1, 1). A tensor bias is rounded to the dtype
+    of q where the kernel demands that.
+    """
+
+    tokens: Tokens
+    bias: float | Tensor = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", _sorted_tokens(self.tokens))
+
+    @cached_property
+    def alone(self) -> Plan:
+        """Every row attends to this group and nothing else."""
+        return Plan((Segment(slice(0, None), (self,)),))
+
+    @property
+    def forbidden(self) -> bool:
+        return not isinstance(self.bias, Tensor) and self.bias == -math.inf
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Query tokens that share their key groups. A query token may be in several: out[q] = sum_s weight_s(q) * attention_s(q).
+
+    ``weight`` is a number or one per query token, (n_q,) in the order of the tokens; the weights of a token sum to 1.
+    """
+
+    queries: Tokens
+    keys: tuple[KeyGroup, ...]
+    weight: float | Tensor = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "queries", _sorted_tokens(self.queries))
+        object.__setattr__(self, "keys", tuple(self.keys))
+
+
+@dataclass(frozen=True, eq=False)
+class Lerp:
+    """Blend heads toward a target, before the output projection: ``out_h <- lerp(out_h, target_h, strength_h)``.
+
+    | target | the row becomes |
+    |---|---|
+    | identity | its own value, v_i (GQA: of its key head) |
+    | uniform | the mean of v over the keys it may attend to |
+    | mean_query | attention of q̄, the mean query of all rows (of the region), over the keys it may attend to |
+    | argmax | v of its largest logit |
+
+    ``region`` (image tokens of a joint sequence, n_q == n_k) edits only these query rows and perturbs only these keys; the
+    attention to the rest R of the keys stays:
+
+        identity, mode "mask"      w_i v_i + (1 - w_i) o_i^R,   w_i = sigmoid(s_ii - lse_i^R)     logits of the others -inf
+        identity, mode "mass"      m_i v_i + (1 - m_i) o_i^R,   m_i = the row's mass on the region
+        uniform, argmax            m_i t_i + (1 - m_i) o_i^R,   t_i over the region's keys         always by mass; mode is not read
+        mean_query                 q̄ over the region's rows, all keys
+
+    ``strength`` is (H,) or (B, H), 0 = off, 1 = full; a head with strength 0 is not touched. Which heads are touched at all is read
+    from the values at construction, so keep strengths on the CPU (no synchronisation; they are tiny). Name ``heads`` yourself to
+    keep a tensor whose values change in place, or to build the value inside a compiled function: then nothing is read.
+    """
+
+    target: Target
+    strength: Tensor
+    region: Tokens | None = None
+    mode: Mode = "mask"
+    heads: tuple[int, ...] | None = None
+    full: bool = field(init=False, default=False)  # every head, every row at strength 1, known at construction
+
+    def __post_init__(self) -> None:
+        wrong = []
+        if self.target not in get_args(Target):
+            wrong.append(f"target {self.target!r} is not one of {', '.join(get_args(Target))}")
+        if self.mode not in get_args(Mode):
+            wrong.append(f"mode {self.mode!r} is not one of {', '.join(get_args(Mode))}")
+        if not isinstance(self.strength, Tensor) or self.strength.ndim not in (1, 2):
+            found = tuple(self.strength.shape) if isinstance(self.strength, Tensor) else repr(self.strength)
+            wrong.append(f"strength is a tensor (H,) or (B, H), got {found}")
+        if wrong:
+            raise AttnCtrlError("; ".join(wrong))
+        if self.region is not None:
+            object.__setattr__(self, "region", _sorted_tokens(self.region))
+        if self.heads is None:
+            values = self.strength.detach().cpu().reshape(-1, self.strength.shape[-1])
+            object.__setattr__(self, "heads", tuple((values != 0).any(0).nonzero().flatten().tolist()))
+            object.__setattr__(self, "full", bool((values == 1).all()) and values.numel() > 0)
+        else:
+            object.__setattr__(self, "heads", tuple(sorted(set(self.heads))))
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One attention call: segments (none = plain attention), then lerps in order, then the head scale (H,) or (B, H)."""
+
+    segments: tuple[Segment, ...] = ()
+    lerps: tuple[Lerp, ...] = ()
+    head_scale: Tensor | None = None
+    rows: tuple[int, ...] | None = None  # batch rows the plan is for; None = all
+    programs: dict = field(init=False, default_factory=dict, repr=False)  # program.resolve's, by length
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "segments", tuple(self.segments))
+        object.__setattr__(self, "lerps", tuple(self.lerps))
+        if self.rows is not None:
+            object.__setattr__(self, "rows", tuple(self.rows))
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing is edited: the model's own attention call."""
+        return not self.segments and self.head_scale is None and not any(lerp.heads for lerp in self.lerps)
+
+    def on(self, *rows: int) -> Plan:
+        """The same plan for these batch rows."""
+        return replace(self, rows=rows)
+
+    def check(self, n_q: int, n_k: int, heads: int | None = None, batch: int | None = None) -> None:
+        """Raise AttnCtrlError with every reason why the plan does not fit; reads tensors, so call it once, not per step."""
+        wrong = [*self._wrong_rows(batch), *self._wrong_segments(n_q, n_k, heads), *self._wrong_lerps(n_q, n_k, heads)]
+        if self.head_scale is not None:
+            wrong += _wrong_heads("head_scale", self.head_scale, heads, self._batch(batch))
+        if wrong:
+            listed = "".join(f"\n  - {reason}" for reason in wrong)
+            raise AttnCtrlError(f"the plan does not fit {n_q} query and {n_k} key tokens:{listed}\nHINT: {self.describe()}")
+
+    def describe(self) -> str:
+        """One line for people."""
+        parts = []
+        if self.segments:
+            sizes = [_size(segment.queries) for segment in self.segments]
+            shown = " + ".join(sizes[:6]) + (" + ..." if len(sizes) > 6 else "")
+            parts.append(f"{len(sizes)} segment{'s' if len(sizes) > 1 else ''} ({shown} query tokens)")
+        for lerp in self.lerps:
+            if lerp.heads:
+                low, high = float(lerp.strength.min()), float(lerp.strength.max())
+                strength = f"{high:g}" if low in (high, 0.0) else f"{low:g}..{high:g}"
+                where = "" if lerp.region is None else f", {_size(lerp.region)} region tokens, {lerp.mode}"
+                parts.append(f"{lerp.target} {strength} on heads {','.join(map(str, lerp.heads))}{where}")
+        if self.head_scale is not None:
+            parts.append("head scale")
+        rows = "" if self.rows is None else f" (rows {','.join(map(str, self.rows))})"
+        return ("; ".join(parts) or "plain attention") + rows
+
+    def _batch(self, batch: int | None) -> int | None:
+        return len(self.rows) if self.rows is not None else batch
+
+    def _wrong_rows(self, batch: int | None) -> Iterable[str]:
+        if self.rows is None:
+            return
+        if len(set(self.rows)) != len(self.rows) or not self.rows:
+            yield f"rows {self.rows} are empty or repeat"
+        if any(row < 0 or (batch is not None and row >= batch) for row in self.rows):
+            yield f"rows {self.rows} are not all in a batch of {batch if batch is not None else 'any size'}"
+
+    def _wrong_segments(self, n_q: int, n_k: int, heads: int | None) -> Iterable[str]:
+        if not self.segments:
+            return
+        total = torch.zeros(n_q, dtype=torch.float64)
+        for number, segment in enumerate(self.segments):
+            name = f"segment {number}"
+            rows = spans(segment.queries, n_q)
+            yield from _wrong_range(f"{name}: queries", rows, n_q)
+            index = torch.cat([torch.arange(a, b) for a, b in rows] or [torch.arange(0)])
+            weight = torch.as_tensor(segment.weight, dtype=torch.float64).detach().cpu()
+            if weight.ndim and weight.shape != (len(index),):
+                yield f"{name}: weight {tuple(weight.shape)} for {len(index)} query tokens"
+            elif weight.isnan().any() or (weight < 0).any():
+                yield f"{name}: a weight is negative or NaN"
+            else:
+                inside = (index >= 0) & (index < n_q)
+                total.index_add_(0, index[inside], weight.expand(len(index))[inside])
+            yield from self._wrong_keys(name, segment, n_k, heads)
+        bare = int((total == 0).sum())
+        if bare:
+            yield f"{bare} of {n_q} query tokens are in no segment, the first is {int((total == 0).nonzero()[0])}"
+        uneven = (total != 0) & ((total - 1).abs() > 1e-5)
+        if uneven.any():
+            first = int(uneven.nonzero()[0])
+            yield f"the weights of {int(uneven.sum())} query tokens do not sum to 1, token {first}: {float(total[first]):.6g}"
+
+    def _wrong_keys(self, name: str, segment: Segment, n_k: int, heads: int | None) -> Iterable[str]:
+        seen: Spans = ()
+        open_keys = False
+        for number, group in enumerate(segment.keys):
+            group_name = f"{name}, key group {number}"
+            these = spans(group.tokens, n_k)
+            yield from _wrong_range(group_name, these, n_k)
+            if overlap(seen, these):
+                yield f"{group_name} repeats {count(overlap(seen, these))} keys of an earlier group"
+            seen = join(seen, these)
+            if isinstance(group.bias, Tensor):
+                bias = group.bias.detach()
+                if bias.ndim not in (0, 1, 3) or (bias.ndim and bias.shape[-1] not in (1, count(these))):
+                    yield f"{group_name}: bias {tuple(bias.shape)} for {count(these)} keys; (n,) or (B|1, H|1, n)"
+                elif bias.ndim == 3 and heads is not None and bias.shape[1] not in (1, heads):
+                    yield f"{group_name}: bias {tuple(bias.shape)} for {heads} heads"
+                elif bias.isnan().any() or (bias == math.inf).any():
+                    yield f"{group_name}: bias holds NaN or +inf"
+                else:
+                    alive = (bias > -math.inf).reshape(-1, bias.shape[-1]) if bias.ndim else (bias > -math.inf)[None, None]
+                    open_keys |= bool(alive.any(-1).all()) and count(these) > 0
+            elif math.isnan(group.bias) or group.bias == math.inf:
+                yield f"{group_name}: bias {group.bias}"
+            else:
+                open_keys |= not group.forbidden and count(these) > 0
+        if not open_keys:
+            several = sum(not group.forbidden for group in segment.keys) > 1
+            if not several or not seen:
+                yield f"{name} leaves its rows without a key"
+
+    def _wrong_lerps(self, n_q: int, n_k: int, heads: int | None) -> Iterable[str]:
+        for number, lerp in enumerate(self.lerps):
+            name = f"lerp {number} ({lerp.target})"
+            yield from _wrong_heads(f"{name}: strength", lerp.strength, heads, self._batch(None))
+            if not bool(lerp.strength.isfinite().all()):
+                yield f"{name}: a strength is not finite"
+            if lerp.heads and heads is not None and lerp.heads[-1] >= heads:
+                yield f"{name}: head {lerp.heads[-1]} of {heads}"
+            if n_q != n_k and (lerp.target == "identity" or (lerp.region is not None and lerp.target != "mean_query")):
+                yield f"{name}{'' if lerp.region is None else ' with a region'} needs as many queries as keys"
+            if lerp.region is not None:
+                region = spans(lerp.region, n_q)
+                yield from _wrong_range(f"{name}: region", region, n_q)
+                if not region:
+                    yield f"{name}: the region is empty"
+
+
+def _sorted_tokens(tokens: Tokens) -> Tokens:
+    """Weights and biases follow the order of the tokens, so nothing may be sorted in silence."""
+    if isinstance(tokens, Tensor) and tokens.dtype != torch.bool and bool((tokens.flatten().diff() <= 0).any()):
+        raise AttnCtrlError("an index tensor is sorted and without duplicates\nHINT: as_tokens(index) makes it so")
+    return as_tokens(tokens)
+
+
+def _wrong_range(name: str, these: Spans, n: int) -> Iterable[str]:
+    if these and (these[0][0] < 0 or these[-1][1] > n):
+        yield f"{name}: tokens {these[0][0]}..{these[-1][1] - 1} reach outside 0..{n - 1}"
+
+
+def _wrong_heads(name: str, value: Tensor, heads: int | None, batch: int | None) -> Iterable[str]:
+    if value.ndim not in (1, 2) or (heads is not None and value.shape[-1] != heads):
+        yield f"{name} is {tuple(value.shape)}, not ({heads if heads is not None else 'H'},) or (B, {heads or 'H'})"
+    elif value.ndim == 2 and batch is not None and value.shape[0] not in (1, batch):
+        yield f"{name} is {tuple(value.shape)} for {batch} rows"
+
+
+def _size(tokens: Tokens) -> str:
+    if isinstance(tokens, Tensor):
+        return str(len(tokens))
+    if tokens.stop is None or tokens.stop < 0 or (tokens.start or 0) < 0:
+        return f"{tokens.start or 0}:{'' if tokens.stop is None else tokens.stop}"
+    return str(max(0, tokens.stop - (tokens.start or 0)))

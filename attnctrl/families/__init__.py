@@ -1,0 +1,39 @@
+"""The tables of model families; only this package and `processors/` know a model's class names."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..errors import AttnCtrlError
+from .family import Family, Stack
+from .flux import FLUX
+from .sd3 import SD3
+
+
+FAMILIES = (SD3, FLUX)
+__all__ = ["FAMILIES", "FLUX", "SD3", "Family", "Stack", "find_denoiser", "find_family"]
+
+
+def find_family(model: nn.Module) -> Family:
+    """The table of a denoiser, by its class name or a base class's."""
+    names = [cls.__name__ for cls in type(getattr(model, "_orig_mod", model)).__mro__]
+    for family in FAMILIES:
+        if family.denoiser in names:
+            return family
+    known = ", ".join(f"{family.denoiser} ({family.name})" for family in FAMILIES)
+    raise AttnCtrlError(
+        f"no family table for {names[0]}; known: {known}\n"
+        "HINT: a Family (attnctrl/families/family.py) names the class, its block stacks with the attention module and the order of "
+        "token streams in each, the arguments with latents and text, how CFG rows arrive, the image grid and how prompts are encoded"
+    )
+
+
+def find_denoiser(target) -> tuple[nn.Module, object | None]:
+    """(denoiser, pipeline): a bare denoiser comes back alone, of a pipeline the component that a family table names."""
+    if isinstance(target, nn.Module):
+        return target, None
+    for name in ("transformer", "unet"):
+        model = getattr(target, name, None)
+        if isinstance(model, nn.Module):
+            return model, target
+    raise AttnCtrlError(f"{type(target).__name__} is neither a denoiser nor a pipeline with a `transformer` or `unet`")

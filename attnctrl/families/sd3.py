@@ -1,0 +1,43 @@
+"""Stable Diffusion 3 and 3.5: image tokens first, text states without positions, [uncond, cond] in one batch.
+
+SD3.5-medium has a second, image-only attention (`attn2`) in its first blocks; no layer number selects it, its path does.
+"""
+
+from __future__ import annotations
+
+from .family import Family, Stack
+
+
+def _grid(bound, model):
+    height, width = bound["hidden_states"].shape[-2:]
+    patch = model.config.patch_size
+    return height // patch, width // patch
+
+
+def _encode(pipeline, prompts, length, device):
+    clip = pipeline.tokenizer_max_length
+    embeds, *_ = pipeline.encode_prompt(
+        prompt=prompts,
+        prompt_2=None,
+        prompt_3=None,
+        device=device,
+        do_classifier_free_guidance=False,
+        max_sequence_length=max(1, length - clip),
+    )
+    return embeds[:, :length]
+
+
+SD3 = Family(
+    name="sd3",
+    denoiser="SD3Transformer2DModel",
+    component="transformer",
+    stacks=(
+        Stack("transformer_blocks", "attn", "joint", ("image", "text")),
+        Stack("transformer_blocks", "attn2", "self", ("image",), primary=False),
+    ),
+    image="hidden_states",
+    text="encoder_hidden_states",
+    cfg="batched",
+    grid=_grid,
+    encode=_encode,
+)

@@ -1,0 +1,92 @@
+"""How edits enter a diffusers denoiser: a processor that delegates to the model's own and takes over the one attention call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ..attention import Plan, run_rows
+from ..errors import AttnCtrlError
+from ..sites import Site
+
+
+if TYPE_CHECKING:
+    from .session import Session
+
+
+class TakeOver(TorchFunctionMode):
+    """Inside it, `scaled_dot_product_attention` on a sequence of the expected length runs under the plans."""
+
+    def __init__(self, plans: Sequence[Plan], length: int, site: Site):
+        super().__init__()
+        self.plans, self.length, self.site = plans, length, site
+        self.calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        named = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args)) | kwargs
+        q, k, v = named["query"], named["key"], named["value"]
+        if q.shape[2] != self.length or k.shape[2] != self.length:
+            return func(*args, **kwargs)  # a second attention of the processor, e.g. of an IP-Adapter
+        if named.get("attn_mask") is not None:
+            raise AttnCtrlError(f"{self.site.path}: the model masks this attention call, which plans do not combine with yet")
+        self.calls += 1
+        return run_rows(q, k, v, self.plans, scale=named.get("scale"), causal=bool(named.get("is_causal")))
+
+
+class ControlledAttnProcessor:
+    """Stands in for a module's own processor, calls it, and hands its attention to the engine while a plan is in force.
+
+    Projections, norms and rotary embedding stay the model's own code, so q, k and v arrive as its kernel would see them. Without
+    a plan the inner processor is called and nothing else happens.
+    """
+
+    def __init__(self, inner: Any, site: Site, session: Session):
+        self.inner, self.site, self.session = inner, site, session
+
+        def call(*args, **kwargs):
+            return type(self).__call__(self, *args, **kwargs)
+
+        # diffusers drops keyword arguments that the signature of `processor.__call__` does not name: show the inner one's
+        call.__signature__ = inspect.signature(inner.__call__)
+        self.__call__ = call
+
+    def __call__(self, attn, hidden_states: torch.Tensor, *args, **kwargs):
+        plans, length = self.session.plans_for(self.site)
+        if not plans:
+            return self.inner(attn, hidden_states, *args, **kwargs)
+        with TakeOver(plans, length, self.site) as mode, _native_backend(self.inner):
+            out = self.inner(attn, hidden_states, *args, **kwargs)
+        if mode.calls == 0:
+            raise AttnCtrlError(
+                f"{self.site.path}: {type(self.inner).__name__} never called scaled_dot_product_attention on {length} tokens, so the "
+                "controls could not act\nHINT: pipe.transformer.set_attention_backend('native'), or another attention processor"
+            )
+        self.session.mark(self.site)
+        return out
+
+
+class _native_backend:
+    """Routes one call of a processor through SDPA where the user chose another diffusers attention backend."""
+
+    def __init__(self, inner: Any):
+        self.inner = inner
+        self.saved = getattr(inner, "_attention_backend", None)
+
+    def __enter__(self) -> None:
+        from diffusers.models.attention_dispatch import AttentionBackendName
+
+        self.swap = hasattr(self.inner, "_attention_backend") and self.saved is not AttentionBackendName.NATIVE
+        if self.swap:
+            self.inner._attention_backend = AttentionBackendName.NATIVE
+
+    def __exit__(self, *exc) -> None:
+        if self.swap:
+            self.inner._attention_backend = self.saved
