@@ -59,7 +59,7 @@ def attend_block(
         bundles = (block.vector,)
     if len(bundles) == 1 and not need_lse:
         return _attend_bundle(inputs, q, bundles[0], False, heads)
-    if not bundles:
+    if len(bundles) == 0:
         out, lse = attend(q, inputs.k[:, :, :0], inputs.v[:, :, :0], scale=inputs.scale)
         return out, lse
     outs, lses = [], []
@@ -79,7 +79,7 @@ def _attend_bundle(
     inputs: Inputs, q: Tensor, bundle: Bundle, need_lse: bool, heads: Tokens | None
 ) -> tuple[Tensor, Tensor | None]:
     k, v = take(inputs.k, bundle.keys), take(inputs.v, bundle.keys)
-    bias = _of_heads(bundle.key_bias(q.device), heads)
+    bias = _of_heads(bundle.key_bias(q.device, exact(q)), heads)
     shared = {"scale": inputs.scale, "need_lse": need_lse, "kernel": inputs.kernel}
     if bundle.limits is not None:
         return attend(q, k, v, key_bias=bias, limits=bundle.limits, **shared)
@@ -108,12 +108,17 @@ def _plus(lse: Tensor, bias: float | Tensor, heads: Tokens | None) -> Tensor:
     return lse + (bias if bias.ndim < 3 else _of_heads(bias, heads))
 
 
-def dense_bias(block: Block, n_k: int, device: torch.device, heads: Tokens | None) -> Tensor:
-    """The bias of every key as the block sees it, -inf where it does not: (B|1, H|1, n_k)."""
-    bundle = block.vector
-    bias = bundle.key_bias(device)
+def exact(x: Tensor) -> torch.dtype:
+    """What sums are made in: float32, float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def dense_bias(block: Block, k: Tensor, heads: Tokens | None) -> Tensor:
+    """The bias of every key of k as the block sees it, -inf where it does not: (B|1, H|1, n_k)."""
+    bundle, n_k, device = block.vector, k.shape[2], k.device
+    bias = bundle.key_bias(device, exact(k))
     if bias is None:
-        bias = torch.zeros(1, 1, bundle.size, device=device)
+        bias = torch.zeros(1, 1, bundle.size, device=device, dtype=exact(k))
     bias = _of_heads(bias, heads)
     full = bias.new_full((*bias.shape[:2], n_k), -math.inf)
     if isinstance(bundle.keys, slice):

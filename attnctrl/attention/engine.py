@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnctrl.attention.blocks import Inputs, add_weighted, attend_block
+from attnctrl.attention.blocks import Inputs, add_weighted, attend_block, exact
 from attnctrl.attention.dispatch import attend
 from attnctrl.attention.groups import Tokens, put, take
 from attnctrl.attention.kernels import count_kernel
@@ -62,7 +62,7 @@ def run_rows(
     """One attention call whose batch rows follow different plans; rows in no plan are plain. Arguments as in ``run``."""
     inputs = Inputs(q, k, v, scale, causal, kernel)
     plans = [plan for plan in plans if not plan.is_plain]
-    if not plans:
+    if len(plans) == 0:
         return _plain(inputs)
     if len(plans) == 1 and plans[0].rows is None:
         return _finish(inputs, plans[0], None)
@@ -72,7 +72,7 @@ def run_rows(
     own = [row for plan, rows in zip(plans, edited, strict=True) if not _shares(inputs, plan) for row in rows]
     shared = [row for row in range(q.shape[0]) if row not in own]
     out = None
-    if shared:
+    if len(shared):
         tokens = _row_tokens(shared, q.device)
         common = _plain(inputs.rows(tokens))
         out = common if len(shared) == q.shape[0] else put(_empty(inputs), tokens, common, 0)
@@ -149,12 +149,12 @@ def _plain(inputs: Inputs) -> Tensor:
 
 def _shares(inputs: Inputs, plan: Plan) -> bool:
     """The plan only edits the output of plain attention."""
-    return not plan.segments and not _v_only(inputs, plan)
+    return len(plan.segments) == 0 and not _v_only(inputs, plan)
 
 
 def _v_only(inputs: Inputs, plan: Plan) -> bool:
     """Identity on every head at strength 1: neither q nor k matters."""
-    last = next((lerp for lerp in reversed(plan.lerps) if lerp.heads), None)
+    last = next((lerp for lerp in reversed(plan.lerps) if len(lerp.heads)), None)
     wanted = last is not None and last.target == "identity" and last.full and last.region is None
     return wanted and inputs.q.shape[2] == inputs.k.shape[2] and len(last.heads) == inputs.q.shape[1]
 
@@ -167,10 +167,10 @@ def _finish(inputs: Inputs, plan: Plan, out: Tensor | None) -> Tensor:
     program = resolve(plan, inputs.q.shape[2], inputs.k.shape[2], inputs.causal, inputs.q.device)
     if out is None:
         out = _plain(inputs) if program.plain else _segments(inputs, program)
-        if plan.lerps and out.requires_grad:
+        if len(plan.lerps) and out.requires_grad:
             out = out.clone()
     for number, lerp in enumerate(plan.lerps):
-        if lerp.heads:
+        if len(lerp.heads):
             out = apply_lerp(inputs, program, number, lerp, out)
     return out if plan.head_scale is None else _scaled(out, plan.head_scale)
 
@@ -181,7 +181,7 @@ def _scaled(out: Tensor, head_scale: Tensor) -> Tensor:
 
 
 def _segments(inputs: Inputs, program: Program) -> Tensor:
-    if not all(block.bundles for block in program.blocks):
+    if not all(len(block.bundles) for block in program.blocks):
         raise AttnCtrlError("a segment leaves its rows without a key\nHINT: Plan.check names it")
     if len(program.blocks) == 1 and program.blocks[0].every_row and not program.weighted:
         return attend_block(inputs, program.blocks[0], need_lse=False)[0]
@@ -190,18 +190,19 @@ def _segments(inputs: Inputs, program: Program) -> Tensor:
         for block in program.blocks:
             put(out, block.queries, attend_block(inputs, block, need_lse=False)[0])
         return out
-    exact = torch.float64 if inputs.q.dtype == torch.float64 else torch.float32
-    total = torch.zeros_like(_empty(inputs), dtype=exact)
+    total = torch.zeros_like(_empty(inputs), dtype=exact(inputs.q))
     for block in program.blocks:
-        part = attend_block(inputs, block, need_lse=False)[0].to(exact)
+        part = attend_block(inputs, block, need_lse=False)[0]
         add_weighted(total, block.queries, part, block.weight)
     return total.to(inputs.q.dtype)
 
 
 def _empty(inputs: Inputs) -> Tensor:
     """(B, H, n_q, D_v), laid out (B, n_q, H, D_v) as the output projection wants it."""
-    batch, heads, n_q, _ = inputs.q.shape
-    return inputs.q.new_empty(batch, n_q, heads, inputs.v.shape[3]).transpose(1, 2)
+    (batch, heads, n_q, _), dim = inputs.q.shape, inputs.v.shape[3]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (inputs.q, inputs.k, inputs.v)):
+        return inputs.q.new_empty(batch, heads, n_q, dim)  # autograd refuses to write to a view after a view of it
+    return inputs.q.new_empty(batch, n_q, heads, dim).transpose(1, 2)
 
 
 def _rows(plans: Sequence[Plan], batch: int) -> list[tuple[int, ...]]:

@@ -176,7 +176,9 @@ class Flash(Kernel):
         why = super().reasons(call)
         if call.dim > 256:
             why.append(f"head size {call.dim} is above 256")
-        if not why and torch.cuda.get_device_capability() < (8, 0):
+        if not why and not torch.cuda.is_available():
+            why.append("finds no CUDA device")
+        elif not why and torch.cuda.get_device_capability() < (8, 0):
             why.append("needs compute capability 8.0")
         return why
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attnctrl.attention import groups
-from attnctrl.attention.blocks import Inputs, add_weighted, attend_block, dense_bias
+from attnctrl.attention.blocks import Inputs, add_weighted, attend_block, dense_bias, exact
 from attnctrl.attention.groups import Tokens, take
 from attnctrl.attention.plan import Lerp
 from attnctrl.attention.program import Block, Program, Region
@@ -70,10 +70,6 @@ def _strength(lerp: Lerp, heads: Tokens, part: Tensor) -> Tensor:
     return take(strength, heads, 1)[..., None, None]
 
 
-def _exact(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _target(inputs: Inputs, program: Program, lerp: Lerp, heads: Tokens) -> Tensor:
     """The target of every row: (B, h, n_q, D_v), or (B, h, 1, D_v) if it is the same for all."""
     if lerp.target == "identity":
@@ -112,11 +108,11 @@ def _region_target(inputs: Inputs, program: Program, number: int, lerp: Lerp, he
 
 def _zeros(inputs: Inputs) -> Tensor:
     batch, heads, n_q, _ = inputs.q.shape
-    return inputs.q.new_zeros((batch, heads, n_q, inputs.v.shape[3]), dtype=_exact(inputs.q))
+    return inputs.q.new_zeros((batch, heads, n_q, inputs.v.shape[3]), dtype=exact(inputs.q))
 
 
 def _mean_query(q: Tensor) -> Tensor:
-    return q.mean(2, keepdim=True, dtype=_exact(q)).to(q.dtype)
+    return q.mean(2, keepdim=True, dtype=exact(q)).to(q.dtype)
 
 
 def _block_target(some: Inputs, block: Block, lerp: Lerp, heads: Tokens, mean: Tensor) -> Tensor:
@@ -137,14 +133,16 @@ def _uniform(some: Inputs, block: Block, heads: Tokens) -> Tensor:
     """The mean of v over the keys that a row may attend to: (B, h, 1, D_v), if causal (B, h, rows, D_v)."""
     bundle = block.vector
     v = take(some.v, bundle.keys)
-    bias = dense_bias(block, some.k.shape[2], v.device, heads) if bundle.parts else None
-    exact = _exact(v)
+    if bundle.size == 0:
+        return v.new_zeros(*v.shape[:2], 1, v.shape[3])
+    bias = dense_bias(block, some.k, heads) if len(bundle.parts) else None
+    wide = exact(v)
     if bias is None and not some.causal:
-        return v.mean(2, keepdim=True, dtype=exact) if bundle.size else v.new_zeros(*v.shape[:2], 1, v.shape[3])
-    allowed = v.new_ones(1, 1, bundle.size, 1, dtype=exact)
+        return v.mean(2, keepdim=True, dtype=wide)
+    allowed = v.new_ones(1, 1, bundle.size, 1, dtype=wide)
     if bias is not None:
-        allowed = (take(bias, bundle.keys) > -math.inf).to(exact)[..., None]
-    v = v.to(exact) * allowed
+        allowed = (take(bias, bundle.keys) > -math.inf).to(wide)[..., None]
+    v = v.to(wide) * allowed
     if not some.causal:
         return v.sum(2, keepdim=True) / allowed.sum(2, keepdim=True).clamp_min(1)
     seen = _seen(block, v.device)
@@ -172,8 +170,8 @@ def _argmax(some: Inputs, block: Block, heads: Tokens) -> Tensor:
     if bundle.size == 0:
         return v.new_zeros(*q.shape[:3], v.shape[3])
     bias = None
-    if bundle.parts:
-        bias = take(dense_bias(block, some.k.shape[2], q.device, heads), bundle.keys).unsqueeze(2)
+    if len(bundle.parts):
+        bias = take(dense_bias(block, some.k, heads), bundle.keys).unsqueeze(2)
     limits = _seen(block, q.device) if some.causal else None
     scale = q.shape[-1] ** -0.5 if some.scale is None else some.scale
     _, best = tiled_argmax(q, k, scale, bias, limits)
@@ -192,15 +190,16 @@ def _kept_rest(some: Inputs, region: Region, lerp: Lerp, heads: Tokens) -> Tenso
         target = v
     else:
         target = _uniform(some, region.inside, heads) if lerp.target == "uniform" else _argmax(some, region.inside, heads)
-    difference = torch.where(lse_rest == -math.inf, torch.full_like(lse_in, math.inf), lse_in - lse_rest)
-    share = torch.sigmoid(difference)[..., None]
+    only_in, only_rest = lse_rest == -math.inf, lse_in == -math.inf
+    difference = torch.where(only_in | only_rest, torch.zeros_like(lse_in), lse_in) - lse_rest.masked_fill(only_in, 0.0)
+    share = torch.sigmoid(difference).masked_fill(only_in, 1.0).masked_fill(only_rest, 0.0)[..., None]
     return target.to(share.dtype) * share + rest.to(share.dtype) * (1 - share)
 
 
 def _own_logit(some: Inputs, region: Region, heads: Tokens) -> Tensor:
     """s_ii with its bias, (B, h, rows); -inf where the row may not see itself."""
-    exact = _exact(some.q)
-    q, k = take(some.q, region.queries).to(exact), take(some.k, region.queries).to(exact)
+    wide = exact(some.q)
+    q, k = take(some.q, region.queries).to(wide), take(some.k, region.queries).to(wide)
     scale = q.shape[-1] ** -0.5 if some.scale is None else some.scale
-    bias = take(dense_bias(region.inside, some.k.shape[2], q.device, heads), region.queries)
-    return (q * k).sum(-1) * scale + bias.to(exact)
+    bias = take(dense_bias(region.inside, some.k, heads), region.queries)
+    return (q * k).sum(-1) * scale + bias.to(wide)

@@ -137,7 +137,7 @@ class Plan:
     @property
     def is_plain(self) -> bool:
         """Nothing is edited: the model's own attention call."""
-        return not self.segments and self.head_scale is None and not any(lerp.heads for lerp in self.lerps)
+        return len(self.segments) == 0 and self.head_scale is None and all(len(lerp.heads) == 0 for lerp in self.lerps)
 
     def on(self, *rows: int) -> Plan:
         """The same plan for these batch rows."""

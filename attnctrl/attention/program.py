@@ -30,11 +30,11 @@ class Part:
     keys: int
     chosen: Tokens | None = None
 
-    def vector(self, device: torch.device) -> Tensor:
-        """The bias of each key: (n,) or (B|1, H|1, n), float32 or wider."""
+    def vector(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The bias of each key: (n,) or (B|1, H|1, n)."""
         if not isinstance(self.bias, Tensor):
-            return torch.full((self.keys,), self.bias, device=device)
-        bias = self.bias.to(device, torch.promote_types(self.bias.dtype, torch.float32))
+            return torch.full((self.keys,), self.bias, device=device, dtype=dtype)
+        bias = self.bias.to(device, dtype)
         if bias.ndim == 0 or bias.shape[-1] == 1:
             return bias.expand(*bias.shape[:-1], self.keys)
         return bias if self.chosen is None else groups.take(bias, self.chosen, -1)
@@ -52,11 +52,11 @@ class Bundle:
     pieces: tuple[Piece, ...] | None = None  # causal
     limits: Tensor | None = None  # causal, too many pieces
 
-    def key_bias(self, device: torch.device) -> Tensor | None:
+    def key_bias(self, device: torch.device, dtype: torch.dtype) -> Tensor | None:
         """(1|B, 1|H, n), in the order of the keys; None without a bias per key."""
-        if not self.parts:
+        if len(self.parts) == 0:
             return None
-        vectors = [part.vector(device) for part in self.parts]
+        vectors = [part.vector(device, dtype) for part in self.parts]
         lead = torch.broadcast_shapes((1, 1), *(vector.shape[:-1] for vector in vectors))
         bias = torch.cat([vector.expand(*lead, vector.shape[-1]) for vector in vectors], -1)
         return bias if self.order is None else bias.index_select(-1, self.order.to(device))
@@ -107,7 +107,9 @@ def resolve(plan: Plan, n_q: int, n_k: int, causal: bool, device: torch.device) 
 
 
 def _resolve(plan: Plan, n_q: int, n_k: int, causal: bool, device: torch.device) -> Program:
-    segments = plan.segments or (Segment(slice(0, n_q), (KeyGroup(slice(0, n_k)),)),)
+    segments = plan.segments
+    if len(segments) == 0:
+        segments = (Segment(slice(0, n_q), (KeyGroup(slice(0, n_k)),)),)
     maker = _Maker(n_q, n_k, causal, device)
     blocks = []
     for segment in segments:
@@ -116,7 +118,7 @@ def _resolve(plan: Plan, n_q: int, n_k: int, causal: bool, device: torch.device)
         for group in segment.keys:
             _in_range("key", groups.spans(group.tokens, n_k), n_k)
         regions = tuple(
-            None if lerp.region is None or not lerp.heads else maker.region(segment, rows, lerp.region)
+            None if lerp.region is None or len(lerp.heads) == 0 else maker.region(segment, rows, lerp.region)
             for lerp in plan.lerps
         )
         blocks.append(maker.block(rows, segment, groups.spans(slice(0, n_k)), regions))
@@ -124,7 +126,7 @@ def _resolve(plan: Plan, n_q: int, n_k: int, causal: bool, device: torch.device)
     if covered < n_q:
         raise AttnCtrlError(f"the segments hold {covered} of {n_q} query tokens\nHINT: Plan.check names the missing ones")
     first = blocks[0]
-    plain = len(blocks) == 1 and first.every_row and first.every_key and not first.vector.parts and _whole(first.weight)
+    plain = len(blocks) == 1 and first.every_row and first.every_key and len(first.vector.parts) == 0 and _whole(first.weight)
     weighted = sum(block.rows for block in blocks) > n_q or not all(_whole(block.weight) for block in blocks)
     return Program(tuple(blocks), plain, weighted)
 

@@ -82,12 +82,16 @@ class RegionalPrompts(Control):
         return not self.regions or self.strength == 0 or self.base_weight == 1 or all(r.strength == 0 for r in self.regions)
 
     def touches(self, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
-        """All joint sites: the appended prompts must be kept apart in every layer, also where `layers` switches regions off."""
+        """All joint sites: the appended prompts must be kept apart in every layer, also where `layers` switches regions off.
+
+        Image-only sites (the second attention of SD3.5) are touched where they would carry one region into another.
+        """
         joint = [site for site in sites if site.kind == "joint"]
         if not joint:
             raise AttnCtrlError("RegionalPrompts needs joint attention sites; this model has none")
         chosen = set(parse_layers(self.layers, len(joint)))
-        return {site.path: torch.full((site.heads,), float(site.layer in chosen)) for site in joint}
+        second = [site for site in sites if site.streams == ("image",) and site.layer in chosen and self.isolate]
+        return {site.path: torch.full((site.heads,), float(site.layer in chosen)) for site in (*joint, *second)}
 
     def regions_in_use(self) -> tuple[Region, ...]:
         if self.background in ("base", "error"):
@@ -117,7 +121,9 @@ class RegionalPrompts(Control):
 
     def edit(self, site: Site, tokens: Tokens, heads: torch.Tensor) -> Edit:
         image, base = tokens.span("image"), tokens.span("text")
-        texts = [tokens.span(f"region:{i}") for i in range(len(self.regions_in_use()))]
+        spans = [tokens.span(f"region:{i}") for i in range(len(self.regions_in_use()))]
+        texts = [[span] if span is not None else [] for span in spans]  # an image-only site has no text
+        base = [base] if base is not None else []
         masks = self.masks(tokens.grid)
         shares = torch.tensor([region.strength for region in self.regions_in_use()], dtype=torch.float64)
         shares = shares * self.strength * (1 - self.base_weight) * float(heads[0])
@@ -125,7 +131,7 @@ class RegionalPrompts(Control):
         segments: list[Segment] = []
         regional = torch.zeros(everything.numel(), dtype=torch.float64)
 
-        def add(rows: torch.Tensor, share: torch.Tensor, keys: list[slice], seen: torch.Tensor, text_rows: list[slice] = ()) -> None:
+        def add(rows: torch.Tensor, share: torch.Tensor, keys: Sequence[slice], seen: torch.Tensor, text_rows: Sequence[slice] = ()) -> None:
             """Image tokens `rows` with weights `share`, and the text rows that see exactly the same keys (weight 1)."""
             keep = share > 0
             queries = torch.cat([rows[keep] + at, *(torch.arange(s.start, s.stop) for s in text_rows)])
@@ -146,7 +152,7 @@ class RegionalPrompts(Control):
                 rows = numbers[mask]
                 share = shares[index] / total[rows]
                 regional[rows] += share
-                add(rows, share, [texts[index]], rows if self.isolate else numbers, [texts[index]] if self.isolate else [])
+                add(rows, share, texts[index], rows if self.isolate else numbers, texts[index] if self.isolate else ())
         else:
             alone: set[int] = set()
             for signature, rows in signatures(masks):
@@ -159,16 +165,18 @@ class RegionalPrompts(Control):
                 # a region that overlaps no other sees what its own text sees: one call for both
                 joined = len(signature) == 1 and seen.numel() == int(masks[signature[0]].sum()) and self.isolate
                 alone |= {signature[0]} if joined else set()
-                add(rows, share, [texts[i] for i in signature], seen, [texts[signature[0]]] if joined else [])
+                add(rows, share, [span for i in signature for span in texts[i]], seen, texts[signature[0]] if joined else ())
         for index, mask in enumerate(masks):
             if not self.isolate or (self.overlap != "mean" and index not in alone):
-                add(numbers[:0], regional[:0], [texts[index]], numbers[mask], [texts[index]])
-        add(numbers, 1 - regional, [base], numbers, [base])
+                add(numbers[:0], regional[:0], texts[index], numbers[mask], texts[index])
+        add(numbers, 1 - regional, base, numbers, base)
         return Edit(segments=tuple(segments))
 
     def bystander(self, site: Site, tokens: Tokens) -> Edit:
         """Unconditional rows: base text and image see each other, each appended prompt only itself."""
         image, base = tokens.span("image"), tokens.span("text")
+        if base is None:
+            return Edit()
         low, high = min(image.start, base.start), max(image.stop, base.stop)
         together = slice(low, high)
         segments = [Segment(together, (KeyGroup(together),))]

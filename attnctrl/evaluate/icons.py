@@ -37,7 +37,7 @@ SOFTNESS = (0.0, 1.0, 1.6)  # px: blur of the templates; the best one counts, so
 LONG_SIDES = (24, 80)  # px: a silhouette's longer side
 MAX_OVERLAP = 0.3  # of the smaller box, between two objects of one blob
 MIN_PART = 0.5  # least local IoU of a sliding template
-SLIDE = 96  # px: half-resolution correlation canvas, 64 plus room for the largest template
+SLIDE = 96  # half-resolution px: correlation canvas; it wraps around only where no template may lie
 SLIDE_SIDES = tuple(range(14, 36, 2))  # half-resolution px
 
 Box = tuple[float, float, float, float]
@@ -246,9 +246,9 @@ def _joint_iou(mask: np.ndarray, parts: list[_Fit]) -> float:
 
 
 @functools.lru_cache
-def _bank() -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[int, int, int]]]:
+def _bank() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[tuple[int, int, int]]]:
     """Half-resolution templates of every noun and size: spectra (K, SLIDE, F), spectra of their dilated windows, areas (K,),
-    and (noun, width, height) per template."""
+    forbidden corners (K, SLIDE, SLIDE), and (noun, width, height) per template."""
     images, windows, keys = [], [], []
     for noun, aspect in enumerate(_templates()[1]):
         source = Image.fromarray(_tight(list(NOUNS)[noun], 128))
@@ -260,14 +260,17 @@ def _bank() -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[int, int, in
             windows.append(ndimage.binary_dilation(canvas > 0.3, np.ones((3, 3))).astype(np.float32))
             keys.append((noun, width, height))
     spectra = [np.conj(fft.rfft2(np.stack(stack))) for stack in (images, windows)]
-    return *spectra, np.stack(images).sum((1, 2)), keys
+    y, x = (np.mgrid[0:SLIDE, 0:SLIDE] + 2) % SLIDE
+    side = CANVAS // 2 + PAD
+    outside = np.stack([(x + width > side) | (y + height > side) for _, width, height in keys])
+    return *spectra, np.stack(images).sum((1, 2)), outside, keys
 
 
 def _slide(mask: np.ndarray) -> list[_Fit]:
     """Up to four objects in one blob: the best sliding template, remove, again; then each refined without the others."""
     height, width = mask.shape
     half = mask.reshape(height // 2, 2, width // 2, 2).mean((1, 3))
-    spectra, windows, areas, keys = _bank()
+    spectra, windows, areas, outside, keys = _bank()
     rest = np.zeros((SLIDE, SLIDE), dtype=np.float32)
     rest[: half.shape[0], : half.shape[1]] = half
     total = rest.sum()
@@ -276,14 +279,12 @@ def _slide(mask: np.ndarray) -> list[_Fit]:
         spectrum = fft.rfft2(rest)
         inter = fft.irfft2(spectra * spectrum, s=rest.shape)
         seen = fft.irfft2(windows * spectrum, s=rest.shape)
-        score = inter / (areas[:, None, None] + seen - inter)
+        score = np.where(outside, 0, inter / (areas[:, None, None] + seen - inter))
         which, row, column = np.unravel_index(score.argmax(), score.shape)
         if score[which, row, column] < MIN_PART:
             break
         noun, w, h = keys[which]
         x, y = ((column + 2) % SLIDE, (row + 2) % SLIDE)
-        if x + w > half.shape[1] or y + h > half.shape[0]:
-            break
         box = (2.0 * x, 2.0 * y, 2.0 * (x + w), 2.0 * (y + h))
         found.append((noun, box))
         taken = ndimage.maximum_filter(_draw(noun, box, mask.shape), 3)

@@ -19,8 +19,12 @@ UNKNOWN = "?"
 CORE = 0.6  # least coverage of a pixel that may seed a blob
 FAINT = 0.4  # least coverage of a pixel that joins two seeds, for thin strokes
 STRANGE = 30.0  # Lab distance from every background tone that makes a pixel an object of some colour
+FOREGROUND = 45.0  # Lab distance from every background tone of what no longer is a soft edge
 REACH = 4  # px: soft edge around a seed
 LINK = 3  # px: half the widest gap inside one object (the leaf of the apple)
+ALIKE = 30.0  # Lab distance below which neighbouring blobs are one object (blue and purple are 35 apart)
+PATCH, PATCH_ALIKE = 0.2, 60.0  # a neighbour with less than this share of the area may differ by that much
+STAIN = 0.1  # a neighbour with less than this share is a stain on the blob, whatever its colour
 SPECK = 40.0  # px of mask area: less is dirt, not an object
 COLOR_REJECT = 45.0  # Lab distance of a blob's own colour to its palette colour
 BALL = np.ones((3, 3), dtype=bool)
@@ -76,12 +80,14 @@ def colored_masks(rgb: np.ndarray) -> list[tuple[str, np.ndarray]]:
     if group.any():
         stray &= ndimage.distance_transform_edt(group == 0) > REACH
     core |= _seed(group, stray, stray)
-    count = int(group.max())
-    if count == 0:
+    if not group.any():
         return []
+    core |= strange > FOREGROUND
+    _adopt(group, core)
+    _merge_similar(group, lab)
+    count = int(group.max())
     distance, (row, column) = ndimage.distance_transform_edt(group == 0, return_indices=True)
     owner = np.where(distance <= REACH, group[row, column], 0)
-    near_color = label[row, column]
 
     outside = ~core & (distance > 2)
     background = np.bincount(nearest_tone[outside] // 2, minlength=4).argmax() if outside.any() else 0
@@ -91,9 +97,8 @@ def colored_masks(rgb: np.ndarray) -> list[tuple[str, np.ndarray]]:
         pixels, here = rgb[window].astype(np.float32), owner[window] == index
         inner = group[window] == index
         own = np.median(pixels[inner & (cover[window] >= np.median(cover[window][inner]))], axis=0)
-        foreign = core[window] & (label[window] != near_color[window]) & (distance[window] > 1.5)
         mask = np.zeros((CANVAS, CANVAS), dtype=np.float32)
-        mask[window] = np.where(here & ~foreign, _coverage(pixels, own, tone_pair), 0)
+        mask[window] = np.where(here, _coverage(pixels, own, tone_pair), 0)
         if mask.sum() < SPECK:
             continue
         gaps = _distance(_lab((own + 0.5).astype(np.uint8)), colors)
@@ -112,6 +117,37 @@ def _seed(group: np.ndarray, core: np.ndarray, bridge: np.ndarray) -> np.ndarray
         joined, _ = ndimage.label(ndimage.binary_dilation(solid, BALL, iterations=LINK) | bridge, BALL)
         group[solid] = np.unique(joined[solid], return_inverse=True)[1] + group.max() + 1
     return solid
+
+
+def _adopt(group: np.ndarray, core: np.ndarray) -> None:
+    """Gives every leftover patch of `core` that touches a blob to the one it touches most, in place."""
+    patches, _ = ndimage.label(core & (group == 0), BALL)
+    for index, window in enumerate(ndimage.find_objects(patches), start=1):
+        window = tuple(slice(max(0, side.start - 1), side.stop + 1) for side in window)
+        patch = patches[window] == index
+        touched = group[window][ndimage.binary_dilation(patch, BALL)]
+        if touched.any():
+            group[window][patch] = np.bincount(touched[touched > 0]).argmax()
+
+
+def _merge_similar(group: np.ndarray, lab: np.ndarray) -> None:
+    """Joins neighbouring blobs of similar own colour, in place: one object whose hue wobbles across a palette border.
+
+    A small patch beside a large blob may differ more than two halves may, a stain by anything. Numbers stay consecutive.
+    """
+    total = int(group.max())
+    area = np.bincount(group.ravel(), minlength=total + 1)
+    own = np.array([np.median(lab[group == index], axis=0) for index in range(1, total + 1)])
+    into = np.arange(total + 1)
+    for one in range(1, total + 1):
+        reach = ndimage.binary_dilation(group == one, BALL, iterations=LINK)
+        for two in np.unique(group[reach]):
+            small, large = sorted((area[one], area[two]))
+            limit = PATCH_ALIKE if small < PATCH * large else ALIKE
+            limit = np.inf if small < max(SPECK, STAIN * large) else limit
+            if two > 0 and two != one and np.linalg.norm(own[one - 1] - own[two - 1]) < limit:
+                into[into == into[two]] = into[one]
+    group[:] = np.unique(into, return_inverse=True)[1][group]
 
 
 def _coverage(rgb: np.ndarray, color: np.ndarray, tones: np.ndarray) -> np.ndarray:

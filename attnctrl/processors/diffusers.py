@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +59,15 @@ class ControlledAttnProcessor:
         call.__signature__ = inspect.signature(inner.__call__)
         self.__call__ = call
 
+    @property
+    def _attention_backend(self):
+        """The inner processor's backend, if it has one: `set_attention_backend` reaches it through a session."""
+        return self.inner._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend) -> None:
+        self.inner._attention_backend = backend
+
     def __call__(self, attn, hidden_states: torch.Tensor, *args, **kwargs):
         plans, length = self.session.plans_for(self.site)
         if not plans:
@@ -73,20 +83,20 @@ class ControlledAttnProcessor:
         return out
 
 
-class _native_backend:
-    """Routes one call of a processor through SDPA where the user chose another diffusers attention backend."""
+@contextmanager
+def _native_backend(inner: Any) -> Iterator[None]:
+    """Routes one call of a processor through SDPA, whatever diffusers attention backend the user chose."""
+    if not hasattr(inner, "_attention_backend"):
+        yield
+        return
+    from diffusers.models.attention_dispatch import AttentionBackendName
 
-    def __init__(self, inner: Any):
-        self.inner = inner
-        self.saved = getattr(inner, "_attention_backend", None)
-
-    def __enter__(self) -> None:
-        from diffusers.models.attention_dispatch import AttentionBackendName
-
-        self.swap = hasattr(self.inner, "_attention_backend") and self.saved is not AttentionBackendName.NATIVE
-        if self.swap:
-            self.inner._attention_backend = AttentionBackendName.NATIVE
-
-    def __exit__(self, *exc) -> None:
-        if self.swap:
-            self.inner._attention_backend = self.saved
+    own, saved = "_attention_backend" in vars(inner), inner._attention_backend
+    inner._attention_backend = AttentionBackendName.NATIVE
+    try:
+        yield
+    finally:
+        if own:
+            inner._attention_backend = saved
+        else:
+            del inner._attention_backend
