@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -134,6 +133,8 @@ def run(job: Job, controls: Sequence[Control]) -> Iterator[Path | str]:
         from ..processors import Session
         from .loading import load_pipeline
 
+    if job.compare and not controls:
+        raise AttnCtrlError("--compare has nothing to compare: no control was asked for\nHINT: --heads, --layers or --region")
     pipeline, made = load_pipeline(job)
     arguments = call_arguments(job, pipeline)
     session = Session(pipeline, *controls) if controls else None  # a head that does not exist is told here
@@ -277,7 +278,3 @@ def _bar(ending: str, session: Any, seeds: Sequence[int], job: Job) -> str:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def warn(message: str) -> None:
-    print(f"attnctrl: {message}", file=sys.stderr)

@@ -124,16 +124,16 @@ def quiet_loading() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    saved = [(module, module.get_verbosity()) for module in (diffusers_logging, transformers_logging)]
-    bars = sys.stderr.isatty()
-    for module, _ in saved:
+    modules = (diffusers_logging, transformers_logging)
+    saved = [(module, module.get_verbosity(), module.is_progress_bar_enabled()) for module in modules]
+    for module in modules:
         module.set_verbosity_error()
-        if not bars:
+        if not sys.stderr.isatty():
             module.disable_progress_bar()
     try:
         yield
     finally:
-        for module, level in saved:
+        for module, level, bars in saved:
             module.set_verbosity(level)
-            if not bars:
+            if bars:
                 module.enable_progress_bar()

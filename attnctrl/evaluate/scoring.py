@@ -99,5 +99,5 @@ def leaked(detections: Sequence[Detection], wanted: Scene | Sequence[Wanted]) ->
 
 
 def extra(detections: Sequence[Detection], wanted: Scene | Sequence[Wanted]) -> int:
-    """How many detections, unknown blobs included, are none of the wanted objects."""
-    return len(detections) - sum(objects_right(detections, wanted))
+    """How many detections are no wanted noun: other nouns, surplus copies, unknown blobs. Colours do not matter here."""
+    return len(detections) - sum(objects_right(detections, wanted, by="noun"))

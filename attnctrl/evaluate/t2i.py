@@ -98,7 +98,7 @@ class Result:
                     (kind, "leaked: object in the other's colour", sum(leaked(r, a.scene) for a, r in pairs), objects)
                 )
             surplus = sum(extra(read, asked.scene) > 0 for asked, read in pairs)
-            rows.append((kind, "extra: picture with anything else", surplus, count))
+            rows.append((kind, "extra: picture with something not asked", surplus, count))
         rows.append(("all", "picture: everything asked", sum(self.right), len(self.right)))
         return rows
 

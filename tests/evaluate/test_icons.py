@@ -182,6 +182,28 @@ def test_leak_is_another_wanted_color_on_a_wanted_noun():
     assert leaked([seen("cat", "blue")], [("cat", "red"), ("cat", "blue")]) == 0
 
 
+def test_extra_counts_what_is_no_wanted_noun():
+    wanted = [("cat", "red"), ("dog", "blue")]
+    assert extra([seen("cat", "blue"), seen("dog", "blue")], wanted) == 0
+    assert extra([seen("cat", "red"), seen("cat", "red"), seen("?", "blue"), seen("key", "red")], wanted) == 3
+
+
+def test_one_object_whose_hue_wobbles_stays_one():
+    """A patch of another palette colour, as autoencoders leave them, neither splits an object nor hides it."""
+    scene = Scene((SceneObject("crown", "red", (32, 32, 96, 96)),))
+    pixels = np.asarray(scene.render()).copy()
+    top = pixels[36:48, 60:68]
+    top[top[..., 1] < 128] = COLORS["purple"]
+    (found,) = JUDGE.read(pixels)
+    assert (found.noun, found.color) == ("crown", "red")
+
+
+@pytest.mark.parametrize(("first", "second"), [("blue", "purple"), ("red", "yellow"), ("black", "green")])
+def test_touching_objects_of_two_colors_stay_two(first, second):
+    items = (SceneObject("heart", first, (8, 30, 56, 78)), SceneObject("house", second, (48, 26, 104, 82)))
+    assert objects_right(JUDGE.read(Scene(items).render()), [("heart", first), ("house", second)]) == [True, True]
+
+
 def test_without_the_font_package_the_error_says_what_to_install(monkeypatch):
     def missing(name):
         raise ModuleNotFoundError(name)

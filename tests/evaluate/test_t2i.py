@@ -73,6 +73,7 @@ def test_swapped_colors_are_wrong_and_counted_as_leaks():
         assert table[kind, "object: noun"] == table[kind, "object: colour"] == (8, 8)
         assert table[kind, "object: noun and colour"] == (0, 8)
         assert table[kind, "leaked: object in the other's colour"] == (8, 8)
+        assert table[kind, "extra: picture with something not asked"] == (0, 4)
     assert table["one object", "object: noun"] == (4, 4) and table["one object", "object: colour"] == (0, 4)
 
 

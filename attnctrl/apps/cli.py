@@ -1,0 +1,282 @@
+"""The command line. Only light modules are imported here, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import __version__
+from ..errors import AttnCtrlError
+
+
+if TYPE_CHECKING:
+    from ..controls import Control
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Control attention in diffusion models.")
+
+REGIONS, HEADS, MODEL, PICTURES, FILES = "Regions", "Perturbed heads (SoftPAG)", "Model", "Pictures", "Files"
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"attnctrl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere.")] = False,
+) -> None:
+    pass
+
+
+@app.command(no_args_is_help=True)
+def generate(
+    prompt: Annotated[list[str], typer.Argument(metavar="PROMPT", help="What to draw. Several words are joined.")],
+    region: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PROMPT@PLACE",
+            help="A part of the picture with a prompt of its own, 'a red cat@0,0,0.5,1' (left, top, right, bottom as fractions) or "
+            "'a red cat@mask.png' (bright is inside). Repeat it; later ones lie above earlier ones.",
+            rich_help_panel=REGIONS,
+        ),
+    ] = None,
+    base_weight: Annotated[
+        float | None, typer.Option(help="Share of the whole prompt inside regions, 0-1.", show_default="0.3", rich_help_panel=REGIONS)
+    ] = None,
+    overlap: Annotated[
+        str | None, typer.Option(help="Where regions overlap: union, priority or mean.", show_default="union", rich_help_panel=REGIONS)
+    ] = None,
+    background: Annotated[
+        str | None,
+        typer.Option(help="What is in no region: base (the whole prompt), error, or a prompt.", show_default="base", rich_help_panel=REGIONS),
+    ] = None,
+    no_isolate: Annotated[bool, typer.Option("--no-isolate", help="Regions see the whole picture.", rich_help_panel=REGIONS)] = False,
+    trim_text: Annotated[
+        int | None, typer.Option(help="Keep the first n text tokens of a region's prompt.", rich_help_panel=REGIONS)
+    ] = None,
+    region_start: Annotated[
+        float | None, typer.Option(help="Regions act from this fraction of the steps.", show_default="0", rich_help_panel=REGIONS)
+    ] = None,
+    region_stop: Annotated[
+        float | None, typer.Option(help="Regions act before this fraction of the steps.", show_default="1", rich_help_panel=REGIONS)
+    ] = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(help="Heads to perturb: '3.5,4.2' (layer.head), '3.5:0.7' (weighted), or a head-set file.", rich_help_panel=HEADS),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers to perturb: '3', '2:6', 'every:2', 'mid' or 'all'.", rich_help_panel=HEADS)
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How far heads are moved to the target, 0-1.", show_default="1", rich_help_panel=HEADS)
+    ] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Weight of the guidance, beside --guidance-scale.", show_default="3", rich_help_panel=HEADS)
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="identity, uniform or mean_query.", show_default="identity", rich_help_panel=HEADS)
+    ] = None,
+    perturb_region: Annotated[
+        str | None, typer.Option(help="Rows that are perturbed: all or image.", show_default="all", rich_help_panel=HEADS)
+    ] = None,
+    start: Annotated[
+        float | None, typer.Option(help="Perturb from this fraction of the steps.", show_default="0", rich_help_panel=HEADS)
+    ] = None,
+    stop: Annotated[
+        float | None, typer.Option(help="Perturb before this fraction of the steps.", show_default="1", rich_help_panel=HEADS)
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A built-in model, a local folder or a hub id.", rich_help_panel=MODEL)
+    ] = "builtin:icons-t2i",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, float16 or bfloat16.", show_default="bfloat16 on CUDA, else float32", rich_help_panel=MODEL),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.", show_default="the best", rich_help_panel=MODEL)] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.", rich_help_panel=MODEL)] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision on the hub.", rich_help_panel=MODEL)] = None,
+    lora: Annotated[str | None, typer.Option(help="LoRA weights: a file, folder or hub id.", rich_help_panel=MODEL)] = None,
+    attention_backend: Annotated[
+        str | None,
+        typer.Option(help="diffusers' attention backend where no control acts.", rich_help_panel=MODEL),
+    ] = None,
+    cpu_offload: Annotated[
+        bool, typer.Option("--cpu-offload", help="Keep parts that do not work on the CPU.", rich_help_panel=MODEL)
+    ] = False,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.", rich_help_panel=PICTURES)] = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="Picture i has seed SEED + i and a CPU generator of its own, so its noise is the same on every device and with "
+            "every --batch-size. diffusers-cli makes its generator on the device: its pictures of a seed differ.",
+            rich_help_panel=PICTURES,
+        ),
+    ] = 0,
+    steps: Annotated[int, typer.Option(rich_help_panel=PICTURES)] = 24,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.", rich_help_panel=PICTURES)] = 4.0,
+    height: Annotated[int | None, typer.Option(show_default="the model's", rich_help_panel=PICTURES)] = None,
+    width: Annotated[int | None, typer.Option(show_default="the model's", rich_help_panel=PICTURES)] = None,
+    num_images: Annotated[int, typer.Option(rich_help_panel=PICTURES)] = 1,
+    batch_size: Annotated[int, typer.Option(help="Pictures made at a time.", rich_help_panel=PICTURES)] = 1,
+    max_sequence_length: Annotated[
+        int | None,
+        typer.Option(help="Text tokens of the long encoder; 1 is enough for built-in models.", show_default="the pipeline's", rich_help_panel=PICTURES),
+    ] = None,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the pictures.", rich_help_panel=FILES)] = Path("outputs"),
+    name: Annotated[
+        str | None,
+        typer.Option(help="Pictures are NAME-SEED.png; existing ones are replaced.", show_default="from prompt and settings", rich_help_panel=FILES),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also make the pictures without control, and a contact sheet of both.", rich_help_panel=FILES)
+    ] = False,
+    report: Annotated[bool, typer.Option("--report", help="Say what the controls did.", rich_help_panel=FILES)] = False,
+) -> None:
+    """Make pictures, with regions, with perturbed heads, with both, or plain.
+
+    The written files are printed, one a line. Pictures carry their request: see `attnctrl show`.
+    """
+    from .generate import Job, run
+
+    job = Job(
+        prompt=" ".join(prompt),
+        negative_prompt=negative_prompt,
+        model=model,
+        seed=seed,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        height=height,
+        width=width,
+        num_images=num_images,
+        batch_size=batch_size,
+        max_sequence_length=max_sequence_length,
+        dtype=dtype,
+        device=device,
+        variant=variant,
+        revision=revision,
+        attention_backend=attention_backend,
+        cpu_offload=cpu_offload,
+        lora=lora,
+        output=output,
+        name=name,
+        compare=compare,
+    )
+    regional = {
+        "base_weight": base_weight,
+        "overlap": overlap,
+        "background": background,
+        "isolate": False if no_isolate else None,
+        "trim_text": trim_text,
+        "start": region_start,
+        "stop": region_stop,
+    }
+    perturbing = {"strength": strength, "scale": scale, "target": target, "region": perturb_region, "start": start, "stop": stop}
+    controls = build_controls(region or (), regional, heads, layers, perturbing)
+    for made in run(job, controls):
+        if isinstance(made, Path):
+            typer.echo(made)
+        elif report:
+            typer.echo(made, err=True)
+
+
+@app.command(no_args_is_help=True)
+def inspect(
+    model: Annotated[str, typer.Argument(help="A built-in model, a local folder or a hub id.")],
+    revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
+) -> None:
+    """Show a model's attention sites and the controls that it carries. Loads no weights."""
+    from .inspection import inspect_model
+
+    typer.echo(inspect_model(model, revision))
+
+
+@app.command(no_args_is_help=True)
+def show(image: Annotated[Path, typer.Argument(help="A PNG of `attnctrl generate`.")]) -> None:
+    """Print the request that a picture was made from, as JSON."""
+    from .metadata import read_request
+
+    typer.echo(json.dumps(read_request(image), indent=2, ensure_ascii=False))
+
+
+def build_controls(
+    regions: Sequence[str], regional: dict[str, Any], heads: str | None, layers: str | None, perturbing: dict[str, Any]
+) -> list[Control]:
+    """The controls that the options ask for. Options without the one that switches their control on are refused."""
+    regional = {name: value for name, value in regional.items() if value is not None}
+    perturbing = {name: value for name, value in perturbing.items() if value is not None}
+    flags = {"region": "perturb-region"}
+    if perturbing and heads is None and layers is None:
+        raise AttnCtrlError(
+            f"{_flags(flags.get(name, name) for name in perturbing)} needs the heads to perturb\nHINT: --heads 3.5,4.2 or --layers mid"
+        )
+    if regional and not regions:
+        flags = {"isolate": "no-isolate", "start": "region-start", "stop": "region-stop"}
+        raise AttnCtrlError(f"{_flags(flags.get(name, name) for name in regional)} needs a region\nHINT: --region 'a red cat@0,0,0.5,1'")
+    if heads is None and layers is None and not regions:
+        return []
+    from .._quiet import quiet_imports
+
+    with quiet_imports():
+        from ..controls import RegionalPrompts, SoftPAG
+
+    controls: list[Control] = []
+    if regions:
+        controls.append(RegionalPrompts(list(regions), **regional))
+        if any(not region.prompt.strip() for region in controls[0].regions):
+            raise AttnCtrlError("a region has no prompt\nHINT: --region 'a red cat@0,0,0.5,1'")
+    if heads is not None or layers is not None:
+        controls.append(SoftPAG(heads=heads, layers=layers, **perturbing))
+    return controls
+
+
+def _flags(names) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code: 0, 2 for what the user can mend, 1 for anything else, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    debug = "--debug" in arguments[:end]
+    arguments = [item for item in arguments[:end] if item != "--debug"] + arguments[end:]
+    try:
+        code = app(arguments, prog_name="attnctrl", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130, debug)
+    except (typer.TyperException, ValueError) as error:  # AttnCtrlError is a ValueError, and so is what pipelines say of arguments
+        if str(error) == "" and not isinstance(error, AttnCtrlError):
+            return 2
+        text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        return _fail(text, 2, debug)
+    except Exception as error:
+        return _fail(f"{type(error).__name__}: {error}", 1, debug)
+
+
+def _fail(text: str, code: int, debug: bool) -> int:
+    """One line on stderr, and one more where the error says what mends it."""
+    if debug:
+        traceback.print_exc()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    hint = next((line for line in lines if line.startswith("HINT:")), None)
+    print(f"attnctrl: {lines[0] if lines else 'failed'}", file=sys.stderr)
+    if hint is not None and hint != lines[0]:
+        print(hint, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
