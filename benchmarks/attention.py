@@ -152,7 +152,8 @@ def measure(case: Case, dtype: torch.dtype, device: str, repeats: int) -> str:
     generator = torch.Generator().manual_seed(0)
     # (B, N, H, D) in memory, as projections leave it
     q, k, v = (
-        torch.randn(1, case.tokens, HEADS, DIM, generator=generator).to(device, dtype).transpose(1, 2) for _ in range(3)
+        torch.randn(1, case.tokens, HEADS, DIM, generator=generator).to(device, dtype).transpose(1, 2)
+        for _ in range(3)
     )
     runners = case.runners(q, k, v)
     _agree(runners, case, dtype)
@@ -182,7 +183,9 @@ def machine(dtype: torch.dtype, device: str, repeats: int) -> str:
     where = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         where = names[0] if names else where
     if device == "cuda":
         where = f"{torch.cuda.get_device_name()} ({where})"
@@ -200,7 +203,9 @@ def machine(dtype: torch.dtype, device: str, repeats: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 48, 64], help="side of the square image grid in tokens")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[32, 48, 64], help="side of the square image grid in tokens"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--repeats", type=int, default=5)
@@ -213,7 +218,8 @@ def main() -> None:
         machine(dtype, arguments.device, arguments.repeats),
         "",
         "Speed as a ratio to plain fused attention over the same tokens (milliseconds given once); memory in MiB beyond the",
-        "inputs: " + ("peak." if arguments.device == "cuda" else "the largest single tensor that an operator returns."),
+        "inputs: "
+        + ("peak." if arguments.device == "cuda" else "the largest single tensor that an operator returns."),
         "The dense mask itself is not counted (N x N bytes). Eager is left out where it would need more than 3 GiB.",
         TARGETS,
         "",

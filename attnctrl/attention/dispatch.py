@@ -84,7 +84,9 @@ def _bias(bias: Tensor, q: Tensor, n_k: int) -> Tensor:
     bias = bias[None, None, None] if bias.ndim == 1 else bias.unsqueeze(2) if bias.ndim == 3 else bias
     ok = bias.ndim == 4 and bias.shape[2] == 1 and bias.shape[3] == n_k
     if not ok or bias.shape[0] not in (1, q.shape[0]) or bias.shape[1] not in (1, q.shape[1]):
-        raise AttnCtrlError(f"key bias {tuple(bias.shape)} for {n_k} keys and q {tuple(q.shape)}; (n,) or (B|1, H|1, n)")
+        raise AttnCtrlError(
+            f"key bias {tuple(bias.shape)} for {n_k} keys and q {tuple(q.shape)}; (n,) or (B|1, H|1, n)"
+        )
     return bias
 
 
@@ -112,7 +114,12 @@ def _causal_uneven(q, k, v, scale, bias, need_lse, kernel):
     parts = [
         attend(q, k[:, :, :early], v[:, :, :early], key_bias=None if bias is None else bias[..., :early], **name),
         attend(
-            q, k[:, :, early:], v[:, :, early:], causal=True, key_bias=None if bias is None else bias[..., early:], **name
+            q,
+            k[:, :, early:],
+            v[:, :, early:],
+            causal=True,
+            key_bias=None if bias is None else bias[..., early:],
+            **name,
         ),
     ]
     out, lse = merge([part[0] for part in parts], [part[1] for part in parts])

@@ -255,9 +255,7 @@ def available_kernels(
     key_bias: bool = False,
 ) -> list[str]:
     """Names of the kernels that run such a call, first choice first."""
-    call = Call(
-        device, dtype, 1, heads, tokens, tokens, dim, dim, causal=causal, key_bias=key_bias, need_lse=need_lse
-    )
+    call = Call(device, dtype, 1, heads, tokens, tokens, dim, dim, causal=causal, key_bias=key_bias, need_lse=need_lse)
     return [kind.name for kind in order(call) if not kind.reasons(call)]
 
 

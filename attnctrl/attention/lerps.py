@@ -189,9 +189,13 @@ def _kept_rest(some: Inputs, region: Region, lerp: Lerp, heads: Tokens) -> Tenso
     if lerp.target == "identity":
         target = v
     else:
-        target = _uniform(some, region.inside, heads) if lerp.target == "uniform" else _argmax(some, region.inside, heads)
+        target = (
+            _uniform(some, region.inside, heads) if lerp.target == "uniform" else _argmax(some, region.inside, heads)
+        )
     only_in, only_rest = lse_rest == -math.inf, lse_in == -math.inf
-    difference = torch.where(only_in | only_rest, torch.zeros_like(lse_in), lse_in) - lse_rest.masked_fill(only_in, 0.0)
+    difference = torch.where(only_in | only_rest, torch.zeros_like(lse_in), lse_in) - lse_rest.masked_fill(
+        only_in, 0.0
+    )
     share = torch.sigmoid(difference).masked_fill(only_in, 1.0).masked_fill(only_rest, 0.0)[..., None]
     return target.to(share.dtype) * share + rest.to(share.dtype) * (1 - share)
 

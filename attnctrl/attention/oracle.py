@@ -37,7 +37,8 @@ def dense(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = 
     pattern = sum(w[:, None] * softmax(s + bias) for w, bias in zip(weights, biases, strict=True))
     for lerp in plan.lerps:
         target = sum(
-            w[:, None] * dense_lerp(lerp, q, k, s + bias, scale, causal) for w, bias in zip(weights, biases, strict=True)
+            w[:, None] * dense_lerp(lerp, q, k, s + bias, scale, causal)
+            for w, bias in zip(weights, biases, strict=True)
         )
         u = lerp.strength.double().to(s.device).reshape(-1, q.shape[1], 1, 1)
         if lerp.heads is not None:
@@ -64,7 +65,9 @@ def materialize(
         weight[rows] = torch.as_tensor(segment.weight, dtype=torch.float64, device=device)
         bias = torch.full((batch, heads, n_k), -math.inf, dtype=torch.float64, device=device)
         for group in segment.keys:
-            bias[:, :, mask_of(group.tokens, n_k, device)] = torch.as_tensor(group.bias, dtype=torch.float64, device=device)
+            bias[:, :, mask_of(group.tokens, n_k, device)] = torch.as_tensor(
+                group.bias, dtype=torch.float64, device=device
+            )
         weights.append(weight)
         biases.append(bias[:, :, None].masked_fill(~rows[:, None], -math.inf))
     return weights, biases
@@ -79,7 +82,9 @@ def dense_lerp(lerp: Lerp, q: Tensor, k: Tensor, s: Tensor, scale: float | None,
         mean = q[:, :, rows].mean(2, keepdim=True)
         logits = (mean @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
         # s = q k' + bias: the bias is what remains, the mean row takes it over
-        bias = torch.where(allowed, s - (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale), 0.0)
+        bias = torch.where(
+            allowed, s - (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale), 0.0
+        )
         return softmax(torch.where(allowed, logits + bias, -math.inf))
     if lerp.region is None:
         return one_target(lerp.target, s)

@@ -150,7 +150,9 @@ class Plan:
             wrong += _wrong_heads("head_scale", self.head_scale, heads, self._batch(batch))
         if wrong:
             listed = "".join(f"\n  - {reason}" for reason in wrong)
-            raise AttnCtrlError(f"the plan does not fit {n_q} query and {n_k} key tokens:{listed}\nHINT: {self.describe()}")
+            raise AttnCtrlError(
+                f"the plan does not fit {n_q} query and {n_k} key tokens:{listed}\nHINT: {self.describe()}"
+            )
 
     def describe(self) -> str:
         """One line for people."""
@@ -226,7 +228,9 @@ class Plan:
                 elif bias.isnan().any() or (bias == math.inf).any():
                     yield f"{group_name}: bias holds NaN or +inf"
                 else:
-                    alive = (bias > -math.inf).reshape(-1, bias.shape[-1]) if bias.ndim else (bias > -math.inf)[None, None]
+                    alive = (
+                        (bias > -math.inf).reshape(-1, bias.shape[-1]) if bias.ndim else (bias > -math.inf)[None, None]
+                    )
                     open_keys |= bool(alive.any(-1).all()) and count(these) > 0
             elif math.isnan(group.bias) or group.bias == math.inf:
                 yield f"{group_name}: bias {group.bias}"

@@ -124,9 +124,17 @@ def _resolve(plan: Plan, n_q: int, n_k: int, causal: bool, device: torch.device)
         blocks.append(maker.block(rows, segment, groups.spans(slice(0, n_k)), regions))
     covered = groups.count(groups.join(*(groups.spans(segment.queries, n_q) for segment in segments)))
     if covered < n_q:
-        raise AttnCtrlError(f"the segments hold {covered} of {n_q} query tokens\nHINT: Plan.check names the missing ones")
+        raise AttnCtrlError(
+            f"the segments hold {covered} of {n_q} query tokens\nHINT: Plan.check names the missing ones"
+        )
     first = blocks[0]
-    plain = len(blocks) == 1 and first.every_row and first.every_key and len(first.vector.parts) == 0 and _whole(first.weight)
+    plain = (
+        len(blocks) == 1
+        and first.every_row
+        and first.every_key
+        and len(first.vector.parts) == 0
+        and _whole(first.weight)
+    )
     weighted = sum(block.rows for block in blocks) > n_q or not all(_whole(block.weight) for block in blocks)
     return Program(tuple(blocks), plain, weighted)
 
@@ -207,7 +215,9 @@ class _Maker:
         if len(pieces) <= MAX_PIECES:
             return pieces, None
         steps = [
-            torch.arange(p.keys - (p.stop - p.start) + 1, p.keys + 1) if p.causal else torch.full((p.stop - p.start,), p.keys)
+            torch.arange(p.keys - (p.stop - p.start) + 1, p.keys + 1)
+            if p.causal
+            else torch.full((p.stop - p.start,), p.keys)
             for p in pieces
         ]
         return None, torch.cat(steps).to(self.device)

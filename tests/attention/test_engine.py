@@ -128,13 +128,21 @@ def test_overlap_policies(policy, seed):
         masks = first == torch.arange(3)[:, None]
     if policy == "mean":
         weights = masks.double() / masks.double().sum(0)
-        plan = Plan(tuple(Segment(m.nonzero().flatten(), (KeyGroup(m.nonzero().flatten()),), w[m]) for m, w in zip(masks, weights)))
+        plan = Plan(
+            tuple(
+                Segment(m.nonzero().flatten(), (KeyGroup(m.nonzero().flatten()),), w[m])
+                for m, w in zip(masks, weights)
+            )
+        )
         outs = [F.scaled_dot_product_attention(q, k[:, :, m], v[:, :, m]) for m in masks]
         expected = sum(w[:, None] * out for w, out in zip(weights, outs, strict=True))
     else:
         found = signatures(masks)
         plan = Plan(
-            tuple(Segment(own, tuple(KeyGroup(t) for s, t in found if set(s) & set(signature))) for signature, own in found)
+            tuple(
+                Segment(own, tuple(KeyGroup(t) for s, t in found if set(s) & set(signature)))
+                for signature, own in found
+            )
         )
         allowed = (masks[:, :, None] & masks[:, None]).any(0)
         expected = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
@@ -154,7 +162,12 @@ def test_a_fully_masked_group_takes_no_mass():
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_group_masses(causal, kv_heads):
     q, k, v = qkv(2, 4, 20, kv_heads=kv_heads)
-    keys = (KeyGroup(slice(0, 3)), KeyGroup(torch.tensor([3, 7, 9]), 0.5), KeyGroup(torch.tensor([4, 5, 6, 8])), slice(10, 20))
+    keys = (
+        KeyGroup(slice(0, 3)),
+        KeyGroup(torch.tensor([3, 7, 9]), 0.5),
+        KeyGroup(torch.tensor([4, 5, 6, 8])),
+        slice(10, 20),
+    )
     s = q @ k.repeat_interleave(4 // kv_heads, 1).mT / 4
     s[..., [3, 7, 9]] += 0.5
     if causal:
@@ -324,7 +337,9 @@ def test_gradients(seed):
         Lerp(target, torch.tensor([0, 0.7, 0, 0.4]), region, rng.choice(("mask", "mass")))
         for target, region in zip(rng.sample(TARGETS, 2), (None, slice(2, 7)), strict=True)
     )
-    plan = Plan(segments if seed % 4 else (), lerps, torch.rand(4, generator=torch.Generator().manual_seed(seed)), rows)
+    plan = Plan(
+        segments if seed % 4 else (), lerps, torch.rand(4, generator=torch.Generator().manual_seed(seed)), rows
+    )
     inputs = [x.requires_grad_() for x in qkv(2, 4, n, dim=4, kv_heads=2, seed=seed)]
     assert torch.autograd.gradcheck(lambda q, k, v: run(q, k, v, plan, causal=causal), inputs, fast_mode=True)
 
@@ -368,7 +383,9 @@ def largest(n, make, runner=run, causal=False, grad=False):
 
 def _scattered(n):
     even, odd = torch.arange(0, n, 2), torch.arange(1, n, 2)
-    return Plan((Segment(even, (KeyGroup(odd),)), Segment(odd, (KeyGroup(even, 0.5), KeyGroup(odd, torch.randn(len(odd)))))))
+    return Plan(
+        (Segment(even, (KeyGroup(odd),)), Segment(odd, (KeyGroup(even, 0.5), KeyGroup(odd, torch.randn(len(odd))))))
+    )
 
 
 def _lerp(target, region):
@@ -382,7 +399,9 @@ def _lerp(target, region):
 MEMORY = {
     "scattered": _scattered,
     "biased": lambda n: Plan((Segment(slice(0, n), (KeyGroup(slice(0, n // 3), 1.0), KeyGroup(slice(n // 3, n)))),)),
-    "weights": lambda n: Plan((Segment(slice(0, n), (KeyGroup(slice(0, n)),), 0.5), Segment(slice(0, n), (KeyGroup(slice(0, 9)),), 0.5))),
+    "weights": lambda n: Plan(
+        (Segment(slice(0, n), (KeyGroup(slice(0, n)),), 0.5), Segment(slice(0, n), (KeyGroup(slice(0, 9)),), 0.5))
+    ),
     **{f"{t} {r}": _lerp(t, r) for t in TARGETS for r in (None, "run", "scattered")},
 }
 

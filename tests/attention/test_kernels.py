@@ -6,9 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attnctrl.attention import attend, available_kernels, merge, reasons, record_kernels
+from attnctrl.attention import attend, available_kernels, merge, reasons, record_kernels, tiled
 from attnctrl.attention import kernels as kernels_module
-from attnctrl.attention import tiled
 from attnctrl.attention.kernels import KERNELS, Call
 from attnctrl.errors import AttnCtrlError
 
@@ -175,7 +174,12 @@ def test_a_named_kernel_runs_or_lists_every_reason():
     with pytest.raises(AttnCtrlError) as caught:
         attend(q, k, v, kernel="xformers", key_bias=torch.zeros(8))
     message = str(caught.value)
-    for reason in ("runs on cuda, not cpu", "does not take float64", "takes no key bias", "HINT: these can: cpu_flash, math"):
+    for reason in (
+        "runs on cuda, not cpu",
+        "does not take float64",
+        "takes no key bias",
+        "HINT: these can: cpu_flash, math",
+    ):
         assert reason in message
     with pytest.raises(AttnCtrlError, match="does not return the LSE"):
         attend(q, k, v, kernel="sdpa")
@@ -225,7 +229,9 @@ def test_xformers_is_asked_operator_by_operator(capfd):
     assert "xformers" not in capfd.readouterr().err.lower().replace("test_xformers", "")
 
 
-@pytest.mark.parametrize("shapes", [((1, 2, 4, 8), (2, 2, 4, 8)), ((1, 3, 4, 8), (1, 2, 4, 8)), ((1, 2, 4, 8), (1, 2, 4, 6))])
+@pytest.mark.parametrize(
+    "shapes", [((1, 2, 4, 8), (2, 2, 4, 8)), ((1, 3, 4, 8), (1, 2, 4, 8)), ((1, 2, 4, 8), (1, 2, 4, 6))]
+)
 def test_shapes_that_do_not_fit_are_refused(shapes):
     q, k = (torch.randn(shape) for shape in shapes)
     with pytest.raises(AttnCtrlError, match="got q"):

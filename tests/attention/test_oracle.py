@@ -22,7 +22,9 @@ def test_plain_is_torch(causal):
 def test_bottom_right_causal():
     q, k, v = qkv(1, 1, 3, 5)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()
-    torch.testing.assert_close(dense(q, k, v, Plan(), causal=True), F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    torch.testing.assert_close(
+        dense(q, k, v, Plan(), causal=True), F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    )
 
 
 def test_segments_are_a_mask():
@@ -40,7 +42,10 @@ def test_segments_are_a_mask():
 
 def test_weights_blend_segments():
     q, k, v = qkv(1, 2, 6)
-    left, right = Segment(slice(0, 6), (KeyGroup(slice(0, 3)),), 0.25), Segment(slice(0, 6), (KeyGroup(slice(3, 6)),), 0.75)
+    left, right = (
+        Segment(slice(0, 6), (KeyGroup(slice(0, 3)),), 0.25),
+        Segment(slice(0, 6), (KeyGroup(slice(3, 6)),), 0.75),
+    )
     one = F.scaled_dot_product_attention(q, k[:, :, :3], v[:, :, :3])
     two = F.scaled_dot_product_attention(q, k[:, :, 3:], v[:, :, 3:])
     torch.testing.assert_close(dense(q, k, v, Plan((left, right))), 0.25 * one + 0.75 * two)

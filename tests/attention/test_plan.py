@@ -43,7 +43,13 @@ def test_an_unsorted_index_is_refused_because_biases_follow_it(index):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("identiti", torch.ones(2)), ("identity", 0.5), ("identity", torch.ones(1, 1, 2)), ("uniform", torch.tensor(1.0))]
+    "arguments",
+    [
+        ("identiti", torch.ones(2)),
+        ("identity", 0.5),
+        ("identity", torch.ones(1, 1, 2)),
+        ("uniform", torch.tensor(1.0)),
+    ],
 )
 def test_a_wrong_lerp_is_refused_at_construction(arguments):
     with pytest.raises(AttnCtrlError):
@@ -66,7 +72,9 @@ WRONG = {
     "key group 1 repeats 2 keys": Plan((Segment(slice(0, 8), (KeyGroup(slice(0, 5)), KeyGroup(slice(3, 9)))),)),
     "leaves its rows without a key": Plan((Segment(slice(0, 8), (KeyGroup(slice(0, 5), -math.inf),)),)),
     "segment 0 leaves its rows": Plan((Segment(slice(0, 8), ()),)),
-    "segment 0 leaves its rows without": Plan((Segment(slice(0, 8), (KeyGroup(slice(0, 2), torch.full((2,), -math.inf)),)),)),
+    "segment 0 leaves its rows without": Plan(
+        (Segment(slice(0, 8), (KeyGroup(slice(0, 2), torch.full((2,), -math.inf)),)),)
+    ),
     "bias (3,) for 5 keys": Plan((Segment(slice(0, 8), (KeyGroup(slice(0, 5), torch.zeros(3)),)),)),
     "bias (1, 3, 5) for 4 heads": Plan((Segment(slice(0, 8), (KeyGroup(slice(0, 5), torch.zeros(1, 3, 5)),)),)),
     "bias nan": Plan((Segment(slice(0, 8), (KeyGroup(slice(0, 5), math.nan),)),)),
@@ -102,7 +110,15 @@ def test_check_lists_every_reason():
     with pytest.raises(AttnCtrlError) as caught:
         plan.check(8, 10, heads=4, batch=2)
     message = str(caught.value)
-    for reason in ("in no segment", "reach outside", "as many queries", "strength is", "head_scale is", "rows (7,)", "HINT:"):
+    for reason in (
+        "in no segment",
+        "reach outside",
+        "as many queries",
+        "strength is",
+        "head_scale is",
+        "rows (7,)",
+        "HINT:",
+    ):
         assert reason in message
 
 
@@ -120,7 +136,9 @@ def test_a_right_plan_passes():
     Plan((first, plan.segments[1]), (Lerp("mean_query", torch.rand(2, 4)),)).check(8, 10, heads=4, batch=2)
 
 
-@pytest.mark.parametrize("plan", [Plan((Segment(slice(0, 6), ALL),)), Plan((Segment(slice(0, 6), ALL), Segment(slice(0, 2), ALL)))])
+@pytest.mark.parametrize(
+    "plan", [Plan((Segment(slice(0, 6), ALL),)), Plan((Segment(slice(0, 6), ALL), Segment(slice(0, 2), ALL)))]
+)
 def test_running_an_uncovered_plan_raises_even_unchecked(plan):
     with pytest.raises(AttnCtrlError, match="of 8 query tokens"):
         run(*qkv(1, 2, 8), plan)
