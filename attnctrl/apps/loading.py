@@ -38,8 +38,9 @@ def load_pipeline(job: Job) -> tuple[Any, dict[str, Any]]:
         raise AttnCtrlError("--cpu-offload moves parts between a GPU and the CPU, and there is no GPU here\nHINT: leave it out")
     check_backend(job.attention_backend)
     with quiet_imports(), quiet_loading(), one_line(f"model {job.model!r} cannot be loaded"):
+        absent = absent_parts(DiffusionPipeline.load_config(job.folder, revision=job.revision))
         pipeline = DiffusionPipeline.from_pretrained(
-            job.folder, dtype=getattr(torch, dtype), variant=job.variant, revision=job.revision
+            job.folder, dtype=getattr(torch, dtype), variant=job.variant, revision=job.revision, **absent
         )
         if job.cpu_offload:
             pipeline.enable_model_cpu_offload(device=device)
@@ -58,6 +59,14 @@ def load_pipeline(job: Job) -> tuple[Any, dict[str, Any]]:
         "device": device.type,
     }
     return pipeline, made
+
+
+def absent_parts(index: dict[str, Any]) -> dict[str, None]:
+    """Parts that a pipeline was saved without, such as the T5 encoder of SD3, as `from_pretrained` wants to hear of them.
+
+    diffusers (0.42) writes them to model_index.json as null, and then refuses to load the folder unless told ``part=None``.
+    """
+    return {name: None for name, entry in index.items() if isinstance(entry, (list, tuple)) and tuple(entry) == (None, None)}
 
 
 def denoiser(pipeline: Any) -> Any:

@@ -182,6 +182,7 @@ def train(
     Args:
         pool: scenes whose latents are computed before the first step.
         grow: further scenes per 100 steps.
+        sample_every: steps between sample grids; 0 for none.
     """
     output.mkdir(parents=True, exist_ok=True)
     where = pick_device(device)
@@ -242,7 +243,7 @@ def train(
         if (step + 1) % save_every == 0 or step + 1 == steps:
             state = {"model": model.state_dict(), "encoder": encoder.state_dict(), "reader": reader.state_dict(), "step": step + 1}
             save_checkpoint(output / "denoiser.pt", {**state, "optimizers": [o.state_dict() for o in optimizers]})
-        if (step + 1) % sample_every == 0 or step + 1 == steps:
+        if sample_every and ((step + 1) % sample_every == 0 or step + 1 == steps):
             pipeline = assemble(vae, tokenizer, encoder, model)
             sample_grid(pipeline, output / f"denoiser-{step + 1:06d}.png")
             encoder.train(), model.train()
