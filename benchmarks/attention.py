@@ -1,10 +1,12 @@
 """What control costs: SoftPAG and isolated regions against plain fused attention, on this machine.
 
-    python -m benchmarks.attention [--sizes 32 48 64] [--device cuda] [--dtype float32] [--output benchmarks/results/attention.md]
+    python -m benchmarks.attention [--sizes 32 48 64] [--device cuda] [--dtype float32] [--output
+    benchmarks/results/attention.md]
 
-The contestants of a line run alternately in one process, and every number is the median of the repetitions; speeds are ratios to
-plain fused attention of the same tokens, so they carry over to other machines better than milliseconds do. Memory is what a call
-allocates beyond its inputs: the peak on CUDA; on the CPU the largest single tensor that any operator returns.
+The contestants of a line run alternately in one process. A speed is the median over the rounds of the time divided by
+that of plain fused attention over the same tokens in the same round: it carries over to other machines better than
+milliseconds do. Memory is what a call allocates beyond its inputs: the peak on CUDA; on the CPU the largest single
+tensor that any operator returns.
 """
 
 from __future__ import annotations
@@ -127,20 +129,24 @@ def memory(runner: Runner, device: str) -> int:
     return seen.bytes
 
 
-def times(runners: dict[str, Runner], repeats: int, device: str) -> dict[str, float]:
-    """Median seconds of each, run in alternating order so that drift of the machine meets all alike."""
+def rounds(runners: dict[str, Runner], repeats: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each in each round; the order alternates, so that drift of the machine meets all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for runner in runners.values():
         runner()
     for repeat in range(repeats):
-        order = list(runners) if repeat % 2 == 0 else list(reversed(runners))
-        for name in order:
+        for name in list(runners) if repeat % 2 == 0 else list(reversed(runners)):
             _wait(device)
             start = time.perf_counter()
             runners[name]()
             _wait(device)
             seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], name: str) -> float:
+    """The median over the rounds of time / time of plain in the same round."""
+    return statistics.median(one / plain for one, plain in zip(seconds[name], seconds["plain"], strict=True))
 
 
 def _wait(device: str) -> None:
@@ -160,14 +166,13 @@ def measure(case: Case, dtype: torch.dtype, device: str, repeats: int) -> str:
     runners = case.runners(q, k, v)
     _agree(runners, case, dtype)
     # Eager has a round of its own with plain: returning gigabytes to the system would slow down whoever comes next.
-    found = times({name: runner for name, runner in runners.items() if name != "eager"}, repeats, device)
-    plain = found["plain"]
+    seconds = rounds({name: runner for name, runner in runners.items() if name != "eager"}, repeats, device)
+    ratios = {name: ratio(seconds, name) for name in seconds}
     if "eager" in runners:
-        pair = times({name: runners[name] for name in ("plain", "eager")}, repeats, device)
-        found["eager"] = pair["eager"] / pair["plain"] * plain
-    cells = [case.name, str(case.tokens), f"{plain * 1e3:.1f}"]
+        ratios["eager"] = ratio(rounds({name: runners[name] for name in ("plain", "eager")}, 5, device), "eager")
+    cells = [case.name, str(case.tokens), f"{statistics.median(seconds['plain']) * 1e3:.1f}"]
     for name in ("dense mask", "eager", "ours"):
-        cells.append(f"{found[name] / plain:.2f}x" if name in found else "–")
+        cells.append(f"{ratios[name]:.2f}x" if name in ratios else "–")
     for name in ("plain", "dense mask", "eager", "ours"):
         cells.append(f"{memory(runners[name], device) / 2**20:.1f}" if name in runners else "–")
     return "| " + " | ".join(cells) + " |"
@@ -201,7 +206,7 @@ def machine(dtype: torch.dtype, device: str, repeats: int) -> str:
         "torch": torch.__version__,
         "dtype": str(dtype).removeprefix("torch."),
         "heads": f"{HEADS} x {DIM}",
-        "repetitions": f"{repeats}, median, alternating order",
+        "rounds": f"{repeats} (eager 5), order alternating, median of the ratios within a round",
         "date": datetime.date.today().isoformat(),
     }
     return "\n".join(f"- {name}: {value}" for name, value in facts.items())
@@ -214,7 +219,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--output", type=Path, help="write the table there (markdown)")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)

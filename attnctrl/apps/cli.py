@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import traceback
@@ -32,8 +33,12 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere.")
+    ] = False,
 ) -> None:
     pass
 
@@ -51,61 +56,93 @@ def generate(
         ),
     ] = None,
     base_weight: Annotated[
-        float | None, typer.Option(help="Share of the whole prompt inside regions, 0-1.", show_default="0.3", rich_help_panel=REGIONS)
+        float | None,
+        typer.Option(
+            help="Share of the whole prompt inside regions, 0-1.", show_default="0.3", rich_help_panel=REGIONS
+        ),
     ] = None,
     overlap: Annotated[
-        str | None, typer.Option(help="Where regions overlap: union, priority or mean.", show_default="union", rich_help_panel=REGIONS)
+        str | None,
+        typer.Option(
+            help="Where regions overlap: union, priority or mean.", show_default="union", rich_help_panel=REGIONS
+        ),
     ] = None,
     background: Annotated[
         str | None,
-        typer.Option(help="What is in no region: base (the whole prompt), error, or a prompt.", show_default="base", rich_help_panel=REGIONS),
+        typer.Option(
+            help="What is in no region: base (the whole prompt), error, or a prompt.",
+            show_default="base",
+            rich_help_panel=REGIONS,
+        ),
     ] = None,
-    no_isolate: Annotated[bool, typer.Option("--no-isolate", help="Regions see the whole picture.", rich_help_panel=REGIONS)] = False,
+    no_isolate: Annotated[
+        bool, typer.Option("--no-isolate", help="Regions see the whole picture.", rich_help_panel=REGIONS)
+    ] = False,
     trim_text: Annotated[
         int | None, typer.Option(help="Keep the first n text tokens of a region's prompt.", rich_help_panel=REGIONS)
     ] = None,
     region_start: Annotated[
-        float | None, typer.Option(help="Regions act from this fraction of the steps.", show_default="0", rich_help_panel=REGIONS)
+        float | None,
+        typer.Option(help="Regions act from this fraction of the steps.", show_default="0", rich_help_panel=REGIONS),
     ] = None,
     region_stop: Annotated[
-        float | None, typer.Option(help="Regions act before this fraction of the steps.", show_default="1", rich_help_panel=REGIONS)
+        float | None,
+        typer.Option(help="Regions act before this fraction of the steps.", show_default="1", rich_help_panel=REGIONS),
     ] = None,
     heads: Annotated[
         str | None,
-        typer.Option(help="Heads to perturb: '3.5,4.2' (layer.head), '3.5:0.7' (weighted), or a head-set file.", rich_help_panel=HEADS),
+        typer.Option(
+            help="Heads to perturb: '3.5,4.2' (layer.head), '3.5:0.7' (weighted), or a head-set file.",
+            rich_help_panel=HEADS,
+        ),
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(help="Layers to perturb: '3', '2:6', 'every:2', 'mid' or 'all'.", rich_help_panel=HEADS)
+        str | None,
+        typer.Option(help="Layers to perturb: '3', '2:6', 'every:2', 'mid' or 'all'.", rich_help_panel=HEADS),
     ] = None,
     strength: Annotated[
-        float | None, typer.Option(help="How far heads are moved to the target, 0-1.", show_default="1", rich_help_panel=HEADS)
+        float | None,
+        typer.Option(help="How far heads are moved to the target, 0-1.", show_default="1", rich_help_panel=HEADS),
     ] = None,
     scale: Annotated[
-        float | None, typer.Option(help="Weight of the guidance, beside --guidance-scale.", show_default="3", rich_help_panel=HEADS)
+        float | None,
+        typer.Option(help="Weight of the guidance, beside --guidance-scale.", show_default="3", rich_help_panel=HEADS),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="identity, uniform or mean_query.", show_default="identity", rich_help_panel=HEADS)
+        str | None,
+        typer.Option(help="identity, uniform or mean_query.", show_default="identity", rich_help_panel=HEADS),
     ] = None,
     perturb_region: Annotated[
-        str | None, typer.Option(help="Rows that are perturbed: all or image.", show_default="all", rich_help_panel=HEADS)
+        str | None,
+        typer.Option(help="Rows that are perturbed: all or image.", show_default="all", rich_help_panel=HEADS),
     ] = None,
     start: Annotated[
-        float | None, typer.Option(help="Perturb from this fraction of the steps.", show_default="0", rich_help_panel=HEADS)
+        float | None,
+        typer.Option(help="Perturb from this fraction of the steps.", show_default="0", rich_help_panel=HEADS),
     ] = None,
     stop: Annotated[
-        float | None, typer.Option(help="Perturb before this fraction of the steps.", show_default="1", rich_help_panel=HEADS)
+        float | None,
+        typer.Option(help="Perturb before this fraction of the steps.", show_default="1", rich_help_panel=HEADS),
     ] = None,
     model: Annotated[
         str, typer.Option("--model", "-m", help="A built-in model, a local folder or a hub id.", rich_help_panel=MODEL)
     ] = "builtin:icons-t2i",
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, float16 or bfloat16.", show_default="bfloat16 on CUDA, else float32", rich_help_panel=MODEL),
+        typer.Option(
+            help="float32, float16 or bfloat16.", show_default="bfloat16 on CUDA, else float32", rich_help_panel=MODEL
+        ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.", show_default="the best", rich_help_panel=MODEL)] = None,
-    variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.", rich_help_panel=MODEL)] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.", show_default="the best", rich_help_panel=MODEL)
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Variant of the weight files, such as fp16.", rich_help_panel=MODEL)
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision on the hub.", rich_help_panel=MODEL)] = None,
-    lora: Annotated[str | None, typer.Option(help="LoRA weights: a file, folder or hub id.", rich_help_panel=MODEL)] = None,
+    lora: Annotated[
+        str | None, typer.Option(help="LoRA weights: a file, folder or hub id.", rich_help_panel=MODEL)
+    ] = None,
     attention_backend: Annotated[
         str | None,
         typer.Option(help="diffusers' attention backend where no control acts.", rich_help_panel=MODEL),
@@ -113,7 +150,9 @@ def generate(
     cpu_offload: Annotated[
         bool, typer.Option("--cpu-offload", help="Keep parts that do not work on the CPU.", rich_help_panel=MODEL)
     ] = False,
-    negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.", rich_help_panel=PICTURES)] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What to keep away from.", rich_help_panel=PICTURES)
+    ] = None,
     seed: Annotated[
         int,
         typer.Option(
@@ -123,24 +162,43 @@ def generate(
         ),
     ] = 0,
     steps: Annotated[int, typer.Option(rich_help_panel=PICTURES)] = 24,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.", rich_help_panel=PICTURES)] = 4.0,
+    guidance_scale: Annotated[
+        float, typer.Option(help="Classifier-free guidance; 1 is none.", rich_help_panel=PICTURES)
+    ] = 4.0,
     height: Annotated[int | None, typer.Option(show_default="the model's", rich_help_panel=PICTURES)] = None,
     width: Annotated[int | None, typer.Option(show_default="the model's", rich_help_panel=PICTURES)] = None,
     num_images: Annotated[int, typer.Option(rich_help_panel=PICTURES)] = 1,
     batch_size: Annotated[int, typer.Option(help="Pictures made at a time.", rich_help_panel=PICTURES)] = 1,
     max_sequence_length: Annotated[
         int | None,
-        typer.Option(help="Text tokens of the long encoder; 1 is enough for built-in models.", show_default="the pipeline's", rich_help_panel=PICTURES),
+        typer.Option(
+            help="Text tokens of the long encoder; 1 is enough for built-in models.",
+            show_default="the pipeline's",
+            rich_help_panel=PICTURES,
+        ),
     ] = None,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the pictures.", rich_help_panel=FILES)] = Path("outputs"),
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the pictures.", rich_help_panel=FILES)] = Path(
+        "outputs"
+    ),
     name: Annotated[
         str | None,
-        typer.Option(help="Pictures are NAME-SEED.png; existing ones are replaced.", show_default="from prompt and settings", rich_help_panel=FILES),
+        typer.Option(
+            help="Pictures are NAME-SEED.png; existing ones are replaced.",
+            show_default="from prompt and settings",
+            rich_help_panel=FILES,
+        ),
     ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Also make the pictures without control, and a contact sheet of both.", rich_help_panel=FILES)
+        bool,
+        typer.Option(
+            "--compare",
+            help="Also make the pictures without control, and a contact sheet of both.",
+            rich_help_panel=FILES,
+        ),
     ] = False,
-    report: Annotated[bool, typer.Option("--report", help="Say what the controls did.", rich_help_panel=FILES)] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Say what the controls did.", rich_help_panel=FILES)
+    ] = False,
 ) -> None:
     """Make pictures, with regions, with perturbed heads, with both, or plain.
 
@@ -180,7 +238,14 @@ def generate(
         "start": region_start,
         "stop": region_stop,
     }
-    perturbing = {"strength": strength, "scale": scale, "target": target, "region": perturb_region, "start": start, "stop": stop}
+    perturbing = {
+        "strength": strength,
+        "scale": scale,
+        "target": target,
+        "region": perturb_region,
+        "start": start,
+        "stop": stop,
+    }
     controls = build_controls(region or (), regional, heads, layers, perturbing)
     for made in run(job, controls):
         if isinstance(made, Path):
@@ -221,7 +286,11 @@ def build_controls(
         )
     if regional and not regions:
         flags = {"isolate": "no-isolate", "start": "region-start", "stop": "region-stop"}
-        raise AttnCtrlError(f"{_flags(flags.get(name, name) for name in regional)} needs a region\nHINT: --region 'a red cat@0,0,0.5,1'")
+        raise AttnCtrlError(
+            f"{_flags(flags.get(name, name) for name in regional)} needs a region\nHINT: --region 'a red cat@0,0,0.5,1'"
+        )
+    if not math.isfinite(perturbing.get("scale", 0)):
+        raise AttnCtrlError(f"--scale {perturbing['scale']} is not a number")
     if heads is None and layers is None and not regions:
         return []
     from .._quiet import quiet_imports
@@ -257,7 +326,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130, debug)
-    except (typer.TyperException, ValueError) as error:  # AttnCtrlError is a ValueError, and so is what pipelines say of arguments
+    except (
+        typer.TyperException,
+        ValueError,
+    ) as error:  # AttnCtrlError is a ValueError, and so is what pipelines say of arguments
         if str(error) == "" and not isinstance(error, AttnCtrlError):
             return 2
         text = error.format_message() if isinstance(error, typer.TyperException) else str(error)

@@ -69,7 +69,14 @@ class Job:
             text = getattr(self, name) or ""
             if text.encode("utf-8", "replace").decode("utf-8") != text or "\0" in text:
                 wrong.append(f"the {name.replace('_', ' ')} is no valid text")
-        for name, least in (("steps", 1), ("num_images", 1), ("batch_size", 1), ("height", 1), ("width", 1), ("max_sequence_length", 1)):
+        for name, least in (
+            ("steps", 1),
+            ("num_images", 1),
+            ("batch_size", 1),
+            ("height", 1),
+            ("width", 1),
+            ("max_sequence_length", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 wrong.append(f"{_flag(name)} {value} is less than {least}")
@@ -78,8 +85,12 @@ class Job:
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             wrong.append(f"--guidance-scale {self.guidance_scale} is not a number from 0 on")
         if self.negative_prompt and self.guidance_scale <= 1:
-            wrong.append(f"--negative-prompt does nothing with --guidance-scale {self.guidance_scale:g}: it needs more than 1")
-        if self.name is not None and (not self.name.strip(" .") or re.search(r'[/\\\0:*?"<>|]', self.name) or len(self.name.encode()) > 200):
+            wrong.append(
+                f"--negative-prompt does nothing with --guidance-scale {self.guidance_scale:g}: it needs more than 1"
+            )
+        if self.name is not None and (
+            not self.name.strip(" .") or re.search(r'[/\\\0:*?"<>|]', self.name) or len(self.name.encode()) > 200
+        ):
             wrong.append(f"--name {self.name!r} is no file name without folder and ending")
         if wrong:
             raise AttnCtrlError("; ".join(wrong))
@@ -92,7 +103,17 @@ class Job:
 
     def request(self, controls: Sequence[Control], made: dict[str, Any]) -> dict[str, Any]:
         """What is needed to make pictures again, seed and size apart. `made`: what only the loaded pipeline knew."""
-        names = ("prompt", "negative_prompt", "model", "revision", "variant", "lora", "steps", "guidance_scale", "max_sequence_length")
+        names = (
+            "prompt",
+            "negative_prompt",
+            "model",
+            "revision",
+            "variant",
+            "lora",
+            "steps",
+            "guidance_scale",
+            "max_sequence_length",
+        )
         return {
             **{name: getattr(self, name) for name in names},
             "attention_backend": self.attention_backend,
@@ -134,7 +155,9 @@ def run(job: Job, controls: Sequence[Control]) -> Iterator[Path | str]:
         from .loading import load_pipeline
 
     if job.compare and not controls:
-        raise AttnCtrlError("--compare has nothing to compare: no control was asked for\nHINT: --heads, --layers or --region")
+        raise AttnCtrlError(
+            "--compare has nothing to compare: no control was asked for\nHINT: --heads, --layers or --region"
+        )
     pipeline, made = load_pipeline(job)
     arguments = call_arguments(job, pipeline)
     session = Session(pipeline, *controls) if controls else None  # a head that does not exist is told here
@@ -159,13 +182,22 @@ def run(job: Job, controls: Sequence[Control]) -> Iterator[Path | str]:
         yield session.report()
 
 
-def write_sheet(job: Job, stem: str, request: dict[str, Any], controls: Sequence[Control], pictures: dict[str, list]) -> Path:
+def write_sheet(
+    job: Job, stem: str, request: dict[str, Any], controls: Sequence[Control], pictures: dict[str, list]
+) -> Path:
     from .sheet import contact_sheet
 
     regions = [region for control in controls for region in control.regions_in_use()]
     sheet = contact_sheet(pictures["-plain"], pictures[""], job.seeds, regions, job.prompt, settings_text(request))
     size = pictures[""][0].size
-    facts = {**request, "seed": job.seed, "seeds": job.seeds, "width": size[0], "height": size[1], "contact_sheet": True}
+    facts = {
+        **request,
+        "seed": job.seed,
+        "seeds": job.seeds,
+        "width": size[0],
+        "height": size[1],
+        "contact_sheet": True,
+    }
     return save_image(sheet, job.output / f"{stem}-compare.png", facts)
 
 
@@ -173,7 +205,9 @@ def check_targets(job: Job, stem: str, ways: Sequence[tuple]) -> None:
     names = [f"{stem}-{seed}{ending}.png" for ending, *_ in ways for seed in job.seeds] + [f"{stem}-compare.png"]
     folders = [name for name in names if (job.output / name).is_dir()]
     if folders:
-        raise AttnCtrlError(f"{str(job.output / folders[0])!r} is a folder; a picture would have to go there\nHINT: another --name")
+        raise AttnCtrlError(
+            f"{str(job.output / folders[0])!r} is a folder; a picture would have to go there\nHINT: another --name"
+        )
 
 
 def call_arguments(job: Job, pipeline: Any) -> dict[str, Any]:
@@ -192,9 +226,13 @@ def call_arguments(job: Job, pipeline: Any) -> dict[str, Any]:
     arguments = {key: value for key, value in wanted.items() if value is not None}
     unknown = [key for key in ("generator", *arguments) if key not in known]
     if unknown:
-        raise AttnCtrlError(f"{name} takes no {', '.join(unknown)}, so it cannot do this job\nHINT: a text-to-image pipeline")
+        raise AttnCtrlError(
+            f"{name} takes no {', '.join(unknown)}, so it cannot do this job\nHINT: a text-to-image pipeline"
+        )
     if job.negative_prompt and "true_cfg_scale" in known:
-        raise AttnCtrlError(f"{name} is guidance-distilled and ignores a negative prompt\nHINT: leave --negative-prompt out")
+        raise AttnCtrlError(
+            f"{name} is guidance-distilled and ignores a negative prompt\nHINT: leave --negative-prompt out"
+        )
     return arguments
 
 
@@ -221,6 +259,8 @@ def describe(control: Control) -> dict[str, Any]:
             value = [list(head) for head in value.heads]
         elif name == "regions":
             value = [_region(region) for region in value]
+        elif callable(value):
+            value = repr(value)
         facts[name] = value
     return facts
 
@@ -245,8 +285,14 @@ def settings_text(request: dict[str, Any]) -> str:
             where = f"heads {heads}" + (f", layers {control['layers']}" if control["layers"] is not None else "")
             facts = f"{where}, {control['target']}, strength {control['strength']:g}, scale {control['scale']:g}"
         else:
-            facts = f"base weight {control['base_weight']:g}, overlap {control['overlap']}" + ("" if control["isolate"] else ", not isolated")
-        window = "" if (control["start"], control["stop"]) == (0, 1) else f", steps {control['start']:g}-{control['stop']:g}"
+            facts = f"base weight {control['base_weight']:g}, overlap {control['overlap']}" + (
+                "" if control["isolate"] else ", not isolated"
+            )
+        window = (
+            ""
+            if (control["start"], control["stop"]) == (0, 1)
+            else f", steps {control['start']:g}-{control['stop']:g}"
+        )
         parts.append(f"{control['control']} ({facts}{window})")
     return "  ·  ".join(parts)
 

@@ -20,12 +20,13 @@ def inspect_model(model: str, revision: str | None = None) -> str:
         from .. import controls
         from ..families import find_family
 
-    with quiet_imports(), quiet_loading(), one_line(f"model {model!r} cannot be inspected"):
+    with quiet_imports(), quiet_loading(), one_line(f"model {model!r} cannot be inspected", folder):
         skeleton, pipeline = _skeleton(folder, revision)
     family = find_family(skeleton)
     sites = family.sites(skeleton)
     rows = [
-        (str(site.layer) if site.primary else "-", site.path, site.kind, str(site.heads), " + ".join(site.streams)) for site in sites
+        (str(site.layer) if site.primary else "-", site.path, site.kind, str(site.heads), " + ".join(site.streams))
+        for site in sites
     ]
     lines = [f"{model}: {pipeline}, {type(skeleton).__name__}, family {family.name}", ""]
     widths = [max(len(row[i]) for row in (HEADINGS, *rows)) for i in range(len(HEADINGS))]
@@ -53,5 +54,7 @@ def _skeleton(folder: str, revision: str | None) -> tuple[Any, str]:
         if library == "diffusers" and hasattr(diffusers, name):
             kind = getattr(diffusers, name)
             with torch.device("meta"):
-                return kind.from_config(kind.load_config(folder, subfolder=component, revision=revision)), index["_class_name"]
+                return kind.from_config(kind.load_config(folder, subfolder=component, revision=revision)), index[
+                    "_class_name"
+                ]
     raise AttnCtrlError(f"model {folder!r} has no diffusers transformer or unet")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,9 +37,11 @@ def load_pipeline(job: Job) -> tuple[Any, dict[str, Any]]:
     device = pick_device(job.device)
     dtype = pick_dtype(job.dtype, device)
     if job.cpu_offload and device.type == "cpu":
-        raise AttnCtrlError("--cpu-offload moves parts between a GPU and the CPU, and there is no GPU here\nHINT: leave it out")
+        raise AttnCtrlError(
+            "--cpu-offload moves parts between a GPU and the CPU, and there is no GPU here\nHINT: leave it out"
+        )
     check_backend(job.attention_backend)
-    with quiet_imports(), quiet_loading(), one_line(f"model {job.model!r} cannot be loaded"):
+    with quiet_imports(), quiet_loading(), one_line(f"model {job.model!r} cannot be loaded", job.folder):
         absent = absent_parts(DiffusionPipeline.load_config(job.folder, revision=job.revision))
         pipeline = DiffusionPipeline.from_pretrained(
             job.folder, dtype=getattr(torch, dtype), variant=job.variant, revision=job.revision, **absent
@@ -47,7 +51,7 @@ def load_pipeline(job: Job) -> tuple[Any, dict[str, Any]]:
         else:
             pipeline.to(device)
     if job.lora is not None:
-        with quiet_imports(), quiet_loading(), one_line(f"LoRA {job.lora!r} cannot be loaded"):
+        with quiet_imports(), quiet_loading(), one_line(f"LoRA {job.lora!r} cannot be loaded", job.lora):
             pipeline.load_lora_weights(job.lora)
     if job.attention_backend is not None:
         with quiet_imports(), quiet_loading(), one_line(f"attention backend {job.attention_backend!r} cannot be used"):
@@ -66,7 +70,11 @@ def absent_parts(index: dict[str, Any]) -> dict[str, None]:
 
     diffusers (0.42) writes them to model_index.json as null, and then refuses to load the folder unless told ``part=None``.
     """
-    return {name: None for name, entry in index.items() if isinstance(entry, (list, tuple)) and tuple(entry) == (None, None)}
+    return {
+        name: None
+        for name, entry in index.items()
+        if isinstance(entry, (list, tuple)) and tuple(entry) == (None, None)
+    }
 
 
 def denoiser(pipeline: Any) -> Any:
@@ -116,15 +124,23 @@ def check_backend(name: str | None) -> None:
 
 
 @contextmanager
-def one_line(what: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes one AttnCtrlError; libraries raise anything from OSError to AttributeError here."""
+def one_line(what: str, source: str = ".") -> Iterator[None]:
+    """Whatever goes wrong inside becomes one AttnCtrlError; libraries raise anything from OSError to AttributeError here.
+
+    A `source` that is no local file or folder is a hub id: what may be wrong with those stands in the hint.
+    """
+    hint = (
+        ""
+        if os.path.exists(source)
+        else "\nHINT: no local folder; a hub id needs the hub to be reachable, a gated one `hf auth login`"
+    )
     try:
         yield
     except AttnCtrlError:
         raise
     except Exception as error:
         message = " ".join(str(error).split()) or type(error).__name__
-        raise AttnCtrlError(f"{what}: {message[:300]}{'…' if len(message) > 300 else ''}") from error
+        raise AttnCtrlError(f"{what}: {message[:300]}{'…' if len(message) > 300 else ''}{hint}") from error
 
 
 @contextmanager
@@ -134,6 +150,9 @@ def quiet_loading() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     modules = (diffusers_logging, transformers_logging)
+    hub = logging.getLogger("huggingface_hub")  # tells every retry of a request; the error tells the outcome
+    hub_level = hub.level
+    hub.setLevel(logging.ERROR)
     saved = [(module, module.get_verbosity(), module.is_progress_bar_enabled()) for module in modules]
     for module in modules:
         module.set_verbosity_error()
@@ -142,6 +161,7 @@ def quiet_loading() -> Iterator[None]:
     try:
         yield
     finally:
+        hub.setLevel(hub_level)
         for module, level, bars in saved:
             module.set_verbosity(level)
             if bars:

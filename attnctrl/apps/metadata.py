@@ -74,14 +74,18 @@ def read_request(path: str | os.PathLike) -> dict[str, Any]:
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise AttnCtrlError(f"{name} cannot be read as a picture: {error}") from None
     if text is None:
-        raise AttnCtrlError(f"picture {name} carries no attnctrl request\nHINT: PNG files of `attnctrl generate` do; editors often drop it")
+        raise AttnCtrlError(
+            f"picture {name} carries no attnctrl request\nHINT: PNG files of `attnctrl generate` do; editors often drop it"
+        )
     try:
         request = json.loads(text)
     except json.JSONDecodeError as error:
         raise AttnCtrlError(f"picture {name} carries a request that is not valid JSON: {error}") from None
     version = request.get("format_version") if isinstance(request, dict) else None
     if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise AttnCtrlError(f"picture {name} carries a request of format {version!r}; this attnctrl reads up to {FORMAT_VERSION}")
+        raise AttnCtrlError(
+            f"picture {name} carries a request of format {version!r}; this attnctrl reads up to {FORMAT_VERSION}"
+        )
     return request
 
 
@@ -110,8 +114,13 @@ def _summary(control: dict[str, Any]) -> str:
         if name == "control" or value is None:
             continue
         if name == "regions":
-            value = "; ".join(f"{r['prompt']}@{','.join(f'{side:g}' for side in r['box']) if r.get('box') else r.get('mask')}" for r in value)
+            value = "; ".join(
+                f"{r['prompt']}@{','.join(f'{side:g}' for side in r['box']) if r.get('box') else r.get('mask')}"
+                for r in value
+            )
         elif name == "heads" and isinstance(value, list):
-            value = " ".join(f"{layer}.{head}" + ("" if weight == 1 else f":{weight:g}") for layer, head, weight in value)
+            value = " ".join(
+                f"{layer}.{head}" + ("" if weight == 1 else f":{weight:g}") for layer, head, weight in value
+            )
         parts.append(f"{name}={value}")
     return ", ".join(parts)

@@ -19,7 +19,14 @@ INK, SOFT, LINE, PAPER = "#16181d", "#5d636f", "#d5d8de", "#ffffff"
 PAD, GAP = 24, 10
 SMALLEST, LARGEST = 256, 512  # pixels of a tile's longer side
 # Fonts that know more than Latin letters, as systems install them; Pillow's own comes last and first for Latin text.
-FONTS = ("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf", "Arial Unicode.ttf", "msgothic.ttc", "arial.ttf")
+FONTS = (
+    "NotoSansCJK-Regular.ttc",
+    "NotoSans-Regular.ttf",
+    "DejaVuSans.ttf",
+    "Arial Unicode.ttf",
+    "msgothic.ttc",
+    "arial.ttf",
+)
 ROWS = ("without control", "with control")
 
 
@@ -118,7 +125,9 @@ def _mask(region: Region, size: tuple[int, int]) -> Image.Image:
     return pixels.resize(size, Image.BILINEAR).point(lambda value: 255 * (value >= 128))
 
 
-def _chip(draw: ImageDraw.ImageDraw, room: tuple[int, int, int], text: str, color: str, size: tuple[int, int], taken: list) -> None:
+def _chip(
+    draw: ImageDraw.ImageDraw, room: tuple[int, int, int], text: str, color: str, size: tuple[int, int], taken: list
+) -> None:
     """The region's name on its colour, inside the region at the bottom left, above names that are there already."""
     font = _font(12, text)
     left, bottom, width = room

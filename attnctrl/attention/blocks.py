@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,50 +24,62 @@ class Inputs:
     scale: float | None
     causal: bool
     kernel: str | None
+    picked: tuple[int, ...] | None = None  # q, k, v are these heads only; biases still have all
 
     def rows(self, tokens: Tokens) -> Inputs:
         """Only these batch rows."""
         q, k, v = (take(x, tokens, 0) for x in (self.q, self.k, self.v))
         return replace(self, q=q, k=k, v=v)
 
-    def heads(self, tokens: Tokens, names: tuple[int, ...]) -> Inputs:
+    def heads(self, names: Sequence[int]) -> Inputs:
         """Only these query heads, each with its own key head."""
-        q = take(self.q, tokens, 1)
-        return replace(self, q=q, k=self._of_heads(self.k, tokens, names), v=self._of_heads(self.v, tokens, names))
+        q = heads_of(self.q, names)
+        return replace(self, q=q, k=self._of_keys(self.k, names), v=self._of_keys(self.v, names), picked=tuple(names))
 
-    def v_of_heads(self, names: tuple[int, ...] | None, tokens: Tokens = slice(None)) -> Tensor:
-        """v (B, h, n_k, D_v) of these query heads, or of all."""
-        return self._of_heads(self.v, tokens, tuple(range(self.q.shape[1])) if names is None else names)
+    def v_of_heads(self, names: Sequence[int]) -> Tensor:
+        """v (B, h, n_k, D_v) of these query heads."""
+        return self._of_keys(self.v, names)
 
-    def _of_heads(self, x: Tensor, tokens: Tokens, names: tuple[int, ...]) -> Tensor:
+    def _of_keys(self, x: Tensor, names: Sequence[int]) -> Tensor:
         group = self.q.shape[1] // x.shape[1]
-        if group == 1:
-            return take(x, tokens, 1)
-        return x.index_select(1, torch.tensor([head // group for head in names], device=x.device))
+        return heads_of(x, [head // group for head in names])
+
+
+def heads_of(x: Tensor, names: Sequence[int]) -> Tensor:
+    """Heads of x (B, H, ...), ascending, repeats allowed: a view for a run, else a copy of just these heads."""
+    pieces: list[list[int]] = []
+    for name in names:
+        if pieces and pieces[-1][1] == name:
+            pieces[-1][1] = name + 1
+        else:
+            pieces.append([name, name + 1])
+    if pieces == [[0, x.shape[1]]]:
+        return x
+    parts = [x.narrow(1, a, b - a) for a, b in pieces]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def attend_block(
-    inputs: Inputs, block: Block, *, need_lse: bool, heads: Tokens | None = None, queries: Tensor | None = None
+    inputs: Inputs, block: Block, *, need_lse: bool, queries: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The rows of a block over its keys: out (B, H, rows, D_v), lse (B, H, rows) or None.
 
-    ``heads`` picks the heads of biases that have them, where ``inputs`` are of some heads only. ``queries`` stand in for the
-    block's rows (as many of them if causal).
+    ``queries`` stand in for the block's rows (as many of them if causal).
     """
     q = take(inputs.q, block.queries) if queries is None else queries
     bundles = block.bundles
     if len(bundles) > 1 and not need_lse and _prefers_vector(inputs, q, bundles):
         bundles = (block.vector,)
     if len(bundles) == 1 and not need_lse:
-        return _attend_bundle(inputs, q, bundles[0], False, heads)
+        return _attend_bundle(inputs, q, bundles[0], False)
     if len(bundles) == 0:
         out, lse = attend(q, inputs.k[:, :, :0], inputs.v[:, :, :0], scale=inputs.scale)
         return out, lse
     outs, lses = [], []
     for bundle in bundles:
-        out, lse = _attend_bundle(inputs, q, bundle, True, heads)
+        out, lse = _attend_bundle(inputs, q, bundle, True)
         outs.append(out)
-        lses.append(_plus(lse, bundle.bias, heads))
+        lses.append(_plus(lse, bundle.bias, inputs.picked))
     return (outs[0], lses[0]) if len(outs) == 1 else merge(outs, lses)
 
 
@@ -75,11 +88,9 @@ def _prefers_vector(inputs: Inputs, q: Tensor, bundles: tuple[Bundle, ...]) -> b
     return torch.is_grad_enabled() and any(x.requires_grad for x in (q, inputs.k, inputs.v))
 
 
-def _attend_bundle(
-    inputs: Inputs, q: Tensor, bundle: Bundle, need_lse: bool, heads: Tokens | None
-) -> tuple[Tensor, Tensor | None]:
+def _attend_bundle(inputs: Inputs, q: Tensor, bundle: Bundle, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     k, v = take(inputs.k, bundle.keys), take(inputs.v, bundle.keys)
-    bias = _of_heads(bundle.key_bias(q.device, exact(q)), heads)
+    bias = _of_heads(bundle.key_bias(q.device, exact(q)), inputs.picked)
     shared = {"scale": inputs.scale, "need_lse": need_lse, "kernel": inputs.kernel}
     if bundle.limits is not None:
         return attend(q, k, v, key_bias=bias, limits=bundle.limits, **shared)
@@ -95,17 +106,17 @@ def _attend_bundle(
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2) if need_lse else None
 
 
-def _of_heads(bias: Tensor | None, heads: Tokens | None) -> Tensor | None:
-    if bias is None or heads is None or bias.ndim < 3 or bias.shape[1] == 1:
+def _of_heads(bias: Tensor | None, picked: tuple[int, ...] | None) -> Tensor | None:
+    if bias is None or picked is None or bias.ndim < 3 or bias.shape[1] == 1:
         return bias
-    return take(bias, heads, 1)
+    return heads_of(bias, picked)
 
 
-def _plus(lse: Tensor, bias: float | Tensor, heads: Tokens | None) -> Tensor:
+def _plus(lse: Tensor, bias: float | Tensor, picked: tuple[int, ...] | None) -> Tensor:
     if not isinstance(bias, Tensor):
         return lse if bias == 0 else lse + bias
     bias = bias.to(lse.device, lse.dtype)
-    return lse + (bias if bias.ndim < 3 else _of_heads(bias, heads))
+    return lse + (bias if bias.ndim < 3 else _of_heads(bias, picked))
 
 
 def exact(x: Tensor) -> torch.dtype:
@@ -113,13 +124,13 @@ def exact(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def dense_bias(block: Block, k: Tensor, heads: Tokens | None) -> Tensor:
-    """The bias of every key of k as the block sees it, -inf where it does not: (B|1, H|1, n_k)."""
-    bundle, n_k, device = block.vector, k.shape[2], k.device
-    bias = bundle.key_bias(device, exact(k))
+def dense_bias(inputs: Inputs, block: Block) -> Tensor:
+    """The bias of every key as the block sees it, -inf where it does not: (B|1, H|1, n_k)."""
+    bundle, n_k, device = block.vector, inputs.k.shape[2], inputs.k.device
+    bias = bundle.key_bias(device, exact(inputs.k))
     if bias is None:
-        bias = torch.zeros(1, 1, bundle.size, device=device, dtype=exact(k))
-    bias = _of_heads(bias, heads)
+        bias = torch.zeros(1, 1, bundle.size, device=device, dtype=exact(inputs.k))
+    bias = _of_heads(bias, inputs.picked)
     full = bias.new_full((*bias.shape[:2], n_k), -math.inf)
     if isinstance(bundle.keys, slice):
         take(full, bundle.keys, 2).copy_(bias)
@@ -129,7 +140,9 @@ def dense_bias(block: Block, k: Tensor, heads: Tokens | None) -> Tensor:
 
 
 def add_weighted(total: Tensor, tokens: Tokens, part: Tensor, weight: float | Tensor) -> None:
-    """total[tokens] += weight * part, in place; total (B, H, n_q, D) in float32 or wider, weight one number or (tokens,)."""
+    """total[tokens] += weight * part, in place; total (B, H, n_q, D) in float32 or wider, weight one number or
+    (tokens,).
+    """
     if isinstance(weight, Tensor):
         weight = weight.to(total.device, total.dtype)
         weight = weight if weight.ndim == 0 else weight[:, None]

@@ -1,7 +1,8 @@
 """One attention call on whichever kernel can do it: ``attend(q, k, v) -> (out, lse)``, and ``merge`` of such results.
 
-Layouts are (B, H, N, D) and LSE (B, H, N), float32 (float64 for float64 input), with ``lse = log sum_j exp(s_ij)``. A row that
-sees no key returns zeros and lse = -inf. Causal attention is aligned to the bottom right: the last query sees every key.
+Layouts are (B, H, N, D) and LSE (B, H, N), float32 (float64 for float64 input), with ``lse = log sum_j exp(s_ij)``. A
+row that sees no key returns zeros and lse = -inf. Causal attention is aligned to the bottom right: the last query sees
+every key.
 
     n_q = 3, n_k = 5      x x x . .
                           x x x x .
@@ -35,7 +36,8 @@ def attend(
     """Attention and its LSE.
 
     Args:
-        q: (B, H, n_q, D). k: (B, H_kv, n_k, D), v: (B, H_kv, n_k, D_v) with H a multiple of H_kv; keys are never repeated.
+        q: (B, H, n_q, D). k: (B, H_kv, n_k, D), v: (B, H_kv, n_k, D_v) with H a multiple of H_kv; keys are never
+            repeated.
         scale: 1 / sqrt(D) if None.
         causal: bottom-right aligned.
         key_bias: (n_k,) or (B|1, H|1, n_k), added to the logits; -inf forbids a key.
@@ -130,10 +132,12 @@ def merge(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> t
     """Attention over disjoint key groups put together: exact.
 
     Args:
-        outs: G x (B, H, N, D) or one (G, B, H, N, D). lses: G x (B, H, N) or one (G, B, H, N), with any log-bias added.
+        outs: G x (B, H, N, D) or one (G, B, H, N, D). lses: G x (B, H, N) or one (G, B, H, N), with any log-bias
+            added.
 
     Returns:
-        out (B, H, N, D) in the dtype of the outs, summed in float32 (float64); lse (B, H, N). Without any key: zeros, -inf.
+        out (B, H, N, D) in the dtype of the outs, summed in float32 (float64); lse (B, H, N). Without any key: zeros,
+        -inf.
     """
     stacked = lses if isinstance(lses, Tensor) else torch.stack(tuple(lses))
     top = stacked.detach().amax(0)
@@ -151,7 +155,9 @@ def merge(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> t
 
 
 def _grouped(chosen: type[Kernel], call: Call, q, k, v, scale, bias, need_lse, extra):
-    """Grouped heads without repeating keys: the group becomes query rows, or, where rows or heads differ, a stride-0 view."""
+    """Grouped heads without repeating keys: the group becomes query rows, or, where rows or heads differ, a stride-0
+    view.
+    """
     batch, heads, n_q, _ = q.shape
     kv = k.shape[1]
     if not call.causal and not call.limits and (bias is None or bias.shape[1] == 1):

@@ -162,7 +162,7 @@ def _v_only(inputs: Inputs, plan: Plan) -> bool:
 def _finish(inputs: Inputs, plan: Plan, out: Tensor | None) -> Tensor:
     """The plan's rows; ``out`` is their plain attention where it has been computed, and is written to."""
     if _v_only(inputs, plan):
-        out = inputs.v_of_heads(None)
+        out = inputs.v_of_heads(range(inputs.q.shape[1]))
         return out if plan.head_scale is None else _scaled(out, plan.head_scale)
     program = resolve(plan, inputs.q.shape[2], inputs.k.shape[2], inputs.causal, inputs.q.device)
     if out is None:

@@ -1,8 +1,8 @@
 """Token groups: sets of tokens, their algebra, and the membership signatures of overlapping regions.
 
-A group is a ``slice`` where its tokens are a run and a sorted index tensor where they are not: a run costs a view, scattered
-tokens one gather. All set algebra happens on *spans*, sorted tuples of half-open ``(start, stop)``, in plain Python and once
-per plan; nothing here ever sees a query or a key.
+A group is a ``slice`` where its tokens are a run and a sorted index tensor where they are not: a run costs a view,
+scattered tokens one gather. All set algebra happens on *spans*, sorted tuples of half-open ``(start, stop)``, in plain
+Python and once per plan; nothing here ever sees a query or a key.
 
     tokens   0 1 2 3 4 5 6 7 8 9
     group      # # #     #   # #        spans ((1, 4), (6, 7), (8, 10))
@@ -24,7 +24,9 @@ Spans = tuple[tuple[int, int], ...]
 
 
 class Piece(NamedTuple):
-    """Query rows ``start:stop`` see the first ``keys`` keys; with ``causal`` the last row does, each earlier one a key less."""
+    """Query rows ``start:stop`` see the first ``keys`` keys; with ``causal`` the last row does, each earlier one a
+    key less.
+    """
 
     start: int
     stop: int
@@ -35,7 +37,8 @@ class Piece(NamedTuple):
 def as_tokens(index: Tokens | Iterable[int]) -> Tokens:
     """The cheapest form of a token set: a slice where it is a run, else a sorted (n,) int64 tensor without duplicates.
 
-    Takes a slice (kept, also an open one such as ``slice(64, None)``), a range, integers, an index tensor, or a bool mask (N,).
+    Takes a slice (kept, also an open one such as ``slice(64, None)``), a range, integers, an index tensor, or a bool
+    mask (N,).
     """
     if isinstance(index, slice):
         if index.step not in (None, 1):
@@ -164,8 +167,8 @@ def signatures(masks: Tensor) -> list[tuple[tuple[int, ...], Tokens]]:
         masks: (R, N) bool, the tokens of each region.
 
     Returns:
-        One ``(signature, tokens)`` per occurring signature, in the order of their first tokens; a signature names the regions,
-        ``()`` is the background. The groups are disjoint and cover all N tokens.
+        One ``(signature, tokens)`` per occurring signature, in the order of their first tokens; a signature names the
+        regions, ``()`` is the background. The groups are disjoint and cover all N tokens.
     """
     if masks.ndim != 2 or masks.dtype != torch.bool:
         raise AttnCtrlError(f"masks are (R, N) bool, got {tuple(masks.shape)} {masks.dtype}")
@@ -183,8 +186,8 @@ def signatures(masks: Tensor) -> list[tuple[tuple[int, ...], Tokens]]:
 def staircase(queries: Spans, keys: Spans, offset: int) -> tuple[Piece, ...]:
     """How causal attention of some rows over some keys falls into blocks that are full or triangular.
 
-    Query token i stands at key position ``i + offset`` and sees no later key. In gathered order that is a staircase, and its
-    runs are plain or causal (bottom-right aligned) attention, so that no mask is needed:
+    Query token i stands at key position ``i + offset`` and sees no later key. In gathered order that is a staircase,
+    and its runs are plain or causal (bottom-right aligned) attention, so that no mask is needed:
 
         keys      a a . . b b
         row 1     x                    causal  \\

@@ -1,7 +1,7 @@
 """The kernels: each declares facts and refuses with reasons, so that nobody falls back in silence.
 
-Layouts are (B, H, N, D) and LSE (B, H, N), float32 (float64 for float64 input). Kernels only ever see equal head counts and, where
-causal, square calls: ``dispatch.attend`` folds grouped heads and splits the rest.
+Layouts are (B, H, N, D) and LSE (B, H, N), float32 (float64 for float64 input). Kernels only ever see equal head
+counts and, where causal, square calls: ``dispatch.attend`` folds grouped heads and splits the rest.
 """
 
 from __future__ import annotations

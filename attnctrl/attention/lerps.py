@@ -5,8 +5,8 @@ arXiv 2506.10978. With A the attention of a head and u its strength, (1 - u) A +
 
     lerp(out, t, u),   t = v (T = 1), the mean of v (T uniform), attn(q̄, k, v) (one row for all), v of the largest logit (one-hot)
 
-so only t is computed, and only for the heads with a strength. See ``plan.Lerp`` for regions. q̄ is the mean of q as attention gets
-it, after norms and rotary embedding.
+so only t is computed, and only for the heads with a strength. See ``plan.Lerp`` for regions. q̄ is the mean of q as
+attention gets it, after norms and rotary embedding.
 """
 
 from __future__ import annotations
@@ -26,69 +26,65 @@ from attnctrl.errors import AttnCtrlError
 
 
 def apply_lerp(inputs: Inputs, program: Program, number: int, lerp: Lerp, out: Tensor) -> Tensor:
-    """Edit the lerp's heads and rows of ``out`` (B, H, n_q, D_v) in place; ``number`` is the lerp's place in its plan."""
+    """Edit the lerp's heads and rows of ``out`` (B, H, n_q, D_v) in place; ``number`` is the lerp's place in its plan.
+
+    Heads are read and written run by run, as views: selecting them with an index copies the whole strided tensor
+    first.
+    """
     n_q, n_k = inputs.q.shape[2], inputs.k.shape[2]
     if n_q != n_k and (lerp.target == "identity" or (lerp.region is not None and lerp.target != "mean_query")):
         raise AttnCtrlError(f"a lerp to {lerp.target} needs as many queries as keys, got {n_q} and {n_k}")
-    heads = _tokens(lerp.heads, out.device)
-    if lerp.region is None:
-        rows: Tokens = slice(0, n_q)
-        target = _target(inputs, program, lerp, heads)
-    else:
+    rows: Tokens = slice(0, n_q)
+    if lerp.region is not None:
         rows = groups.tokens_of(groups.spans(lerp.region, n_q), out.device)
-        target = _region_target(inputs, program, number, lerp, heads, rows)
-    part = take(take(out, heads, 1), rows)
-    strength = _strength(lerp, heads, part)
-    blended = torch.lerp(part, target.to(part.dtype).expand_as(part), strength)
-    blended = torch.where(strength == 0, part, blended)
-    if isinstance(heads, slice):
-        return _write(out, heads, rows, blended)
-    if lerp.region is None:
-        out.index_copy_(1, heads, blended)
+    runs = groups.runs(lerp.heads)
+    strength = lerp.strength.to(out.device, out.dtype)
+    strength = (strength[None] if strength.ndim == 1 else strength)[..., None, None]
+    if lerp.target == "identity" and lerp.region is None:
+        for a, b in runs:
+            _blend(out[:, a:b], rows, inputs.v_of_heads(range(a, b)), strength[:, a:b], lerp.everywhere)
         return out
-    whole = take(out, heads, 1)
-    groups.put(whole, rows, blended)
-    out.index_copy_(1, heads, whole)
+    some = inputs.heads(lerp.heads)
+    if lerp.region is None:
+        target = _target(some, program, lerp)
+    else:
+        target = _region_target(some, program, number, lerp, rows)
+    at = 0
+    for a, b in runs:
+        _blend(out[:, a:b], rows, target[:, at : at + b - a], strength[:, a:b], lerp.everywhere)
+        at += b - a
     return out
 
 
-def _write(out: Tensor, heads: slice, rows: Tokens, value: Tensor) -> Tensor:
-    groups.put(take(out, heads, 1), rows, value)
-    return out
+def _blend(out: Tensor, rows: Tokens, target: Tensor, strength: Tensor, everywhere: bool) -> None:
+    """out[rows] <- lerp(out[rows], target, strength), in place; bit-exact where the strength is 0."""
+    part = take(out, rows)
+    if everywhere and isinstance(rows, slice) and not (out.requires_grad or target.requires_grad):
+        part.lerp_(target.to(part.dtype).expand_as(part), strength)
+        return
+    blended = torch.lerp(part, target.to(part.dtype).expand_as(part), strength)
+    if not everywhere:
+        blended = torch.where(strength == 0, part, blended)
+    groups.put(out, rows, blended)
 
 
-def _tokens(heads: tuple[int, ...], device: torch.device) -> Tokens:
-    if heads[-1] - heads[0] + 1 == len(heads):
-        return slice(heads[0], heads[-1] + 1)
-    return torch.tensor(heads, device=device)
-
-
-def _strength(lerp: Lerp, heads: Tokens, part: Tensor) -> Tensor:
-    """(1|B, h, 1, 1) in the dtype of the output."""
-    strength = lerp.strength.to(part.device, part.dtype)
-    strength = strength[None] if strength.ndim == 1 else strength
-    return take(strength, heads, 1)[..., None, None]
-
-
-def _target(inputs: Inputs, program: Program, lerp: Lerp, heads: Tokens) -> Tensor:
-    """The target of every row: (B, h, n_q, D_v), or (B, h, 1, D_v) if it is the same for all."""
-    if lerp.target == "identity":
-        return inputs.v_of_heads(lerp.heads, heads)
-    some = inputs.heads(heads, lerp.heads)
-    one_row = program.plain and not inputs.causal and lerp.target != "argmax"
+def _target(some: Inputs, program: Program, lerp: Lerp) -> Tensor:
+    """The target of every row: (B, h, n_q, D_v), or (B, h, 1, D_v) if it is the same for all; ``some`` are the lerp's
+    heads.
+    """
+    one_row = program.plain and not some.causal and lerp.target != "argmax"
     mean = _mean_query(some.q)
     total = _zeros(some)
     for block in program.blocks:
-        target = _block_target(some, block, lerp, heads, mean)
+        target = _block_target(some, block, lerp, mean)
         if one_row or (program.plain and lerp.target == "argmax"):
             return target
         add_weighted(total, block.queries, target, block.weight)
     return total
 
 
-def _region_target(inputs: Inputs, program: Program, number: int, lerp: Lerp, heads: Tokens, rows: Tokens) -> Tensor:
+def _region_target(some: Inputs, program: Program, number: int, lerp: Lerp, rows: Tokens) -> Tensor:
     """The target of the region's rows, (B, h, rows, D_v)."""
-    some = inputs.heads(heads, lerp.heads)
     mean = _mean_query(take(some.q, rows))
     total = _zeros(some)
     for block in program.blocks:
@@ -96,9 +92,9 @@ def _region_target(inputs: Inputs, program: Program, number: int, lerp: Lerp, he
         if region.rows == 0:
             continue
         if lerp.target == "mean_query":
-            target = _mean_query_target(some, region.whole, mean, heads)
+            target = _mean_query_target(some, region.whole, mean)
         else:
-            target = _kept_rest(some, region, lerp, heads)
+            target = _kept_rest(some, region, lerp)
         weight = block.weight
         if isinstance(weight, Tensor) and weight.ndim:
             weight = take(weight.to(target.device), region.chosen, 0)
@@ -115,34 +111,34 @@ def _mean_query(q: Tensor) -> Tensor:
     return q.mean(2, keepdim=True, dtype=exact(q)).to(q.dtype)
 
 
-def _block_target(some: Inputs, block: Block, lerp: Lerp, heads: Tokens, mean: Tensor) -> Tensor:
+def _block_target(some: Inputs, block: Block, lerp: Lerp, mean: Tensor) -> Tensor:
     if lerp.target == "mean_query":
-        return _mean_query_target(some, block, mean, heads)
+        return _mean_query_target(some, block, mean)
     if lerp.target == "uniform":
-        return _uniform(some, block, heads)
-    return _argmax(some, block, heads)
+        return _uniform(some, block)
+    return _argmax(some, block)
 
 
-def _mean_query_target(some: Inputs, block: Block, mean: Tensor, heads: Tokens) -> Tensor:
+def _mean_query_target(some: Inputs, block: Block, mean: Tensor) -> Tensor:
     """attn(q̄) over the block's keys, one row; if causal, row i sees the keys up to its own."""
     queries = mean.expand(-1, -1, block.rows, -1) if some.causal else mean
-    return attend_block(some, block, need_lse=False, heads=heads, queries=queries)[0]
+    return attend_block(some, block, need_lse=False, queries=queries)[0]
 
 
-def _uniform(some: Inputs, block: Block, heads: Tokens) -> Tensor:
+def _uniform(some: Inputs, block: Block) -> Tensor:
     """The mean of v over the keys that a row may attend to: (B, h, 1, D_v), if causal (B, h, rows, D_v)."""
     bundle = block.vector
     v = take(some.v, bundle.keys)
     if bundle.size == 0:
         return v.new_zeros(*v.shape[:2], 1, v.shape[3])
-    bias = dense_bias(block, some.k, heads) if len(bundle.parts) else None
+    bias = dense_bias(some, block) if len(bundle.parts) else None
     wide = exact(v)
     if bias is None and not some.causal:
         return v.mean(2, keepdim=True, dtype=wide)
-    allowed = v.new_ones(1, 1, bundle.size, 1, dtype=wide)
+    v, allowed = v.to(wide), v.new_ones(1, 1, bundle.size, 1, dtype=wide)
     if bias is not None:
-        allowed = (take(bias, bundle.keys) > -math.inf).to(wide)[..., None]
-    v = v.to(wide) * allowed
+        open_keys = (take(bias, bundle.keys) > -math.inf)[..., None]
+        v, allowed = v.masked_fill(~open_keys, 0.0), open_keys.to(wide)
     if not some.causal:
         return v.sum(2, keepdim=True) / allowed.sum(2, keepdim=True).clamp_min(1)
     seen = _seen(block, v.device)
@@ -163,7 +159,7 @@ def _seen(block: Block, device: torch.device) -> Tensor:
     return torch.cat(steps) if steps else torch.zeros(0, dtype=torch.int64, device=device)
 
 
-def _argmax(some: Inputs, block: Block, heads: Tokens) -> Tensor:
+def _argmax(some: Inputs, block: Block) -> Tensor:
     """v of the largest logit of each row, (B, h, rows, D_v)."""
     q, bundle = take(some.q, block.queries), block.vector
     k, v = take(some.k, bundle.keys), take(some.v, bundle.keys)
@@ -171,39 +167,35 @@ def _argmax(some: Inputs, block: Block, heads: Tokens) -> Tensor:
         return v.new_zeros(*q.shape[:3], v.shape[3])
     bias = None
     if len(bundle.parts):
-        bias = take(dense_bias(block, some.k, heads), bundle.keys).unsqueeze(2)
+        bias = take(dense_bias(some, block), bundle.keys).unsqueeze(2)
     limits = _seen(block, q.device) if some.causal else None
     scale = q.shape[-1] ** -0.5 if some.scale is None else some.scale
     _, best = tiled_argmax(q, k, scale, bias, limits)
     return v.gather(2, best[..., None].expand(-1, -1, -1, v.shape[3]))
 
 
-def _kept_rest(some: Inputs, region: Region, lerp: Lerp, heads: Tokens) -> Tensor:
+def _kept_rest(some: Inputs, region: Region, lerp: Lerp) -> Tensor:
     """w t + (1 - w) o^R: the target among the region's keys, attention to the rest R of the keys kept."""
-    rest, lse_rest = attend_block(some, region.outside, need_lse=True, heads=heads)
+    rest, lse_rest = attend_block(some, region.outside, need_lse=True)
     v = take(some.v, region.queries)
     if lerp.target == "identity" and lerp.mode == "mask":
-        lse_in = _own_logit(some, region, heads)
+        lse_in = _own_logit(some, region)
     else:
-        _, lse_in = attend_block(some, region.inside, need_lse=True, heads=heads)
+        _, lse_in = attend_block(some, region.inside, need_lse=True)
     if lerp.target == "identity":
         target = v
     else:
-        target = (
-            _uniform(some, region.inside, heads) if lerp.target == "uniform" else _argmax(some, region.inside, heads)
-        )
+        target = _uniform(some, region.inside) if lerp.target == "uniform" else _argmax(some, region.inside)
     only_in, only_rest = lse_rest == -math.inf, lse_in == -math.inf
-    difference = torch.where(only_in | only_rest, torch.zeros_like(lse_in), lse_in) - lse_rest.masked_fill(
-        only_in, 0.0
-    )
+    difference = lse_in.masked_fill(only_rest, 0.0) - lse_rest.masked_fill(only_in, 0.0)
     share = torch.sigmoid(difference).masked_fill(only_in, 1.0).masked_fill(only_rest, 0.0)[..., None]
     return target.to(share.dtype) * share + rest.to(share.dtype) * (1 - share)
 
 
-def _own_logit(some: Inputs, region: Region, heads: Tokens) -> Tensor:
+def _own_logit(some: Inputs, region: Region) -> Tensor:
     """s_ii with its bias, (B, h, rows); -inf where the row may not see itself."""
     wide = exact(some.q)
     q, k = take(some.q, region.queries).to(wide), take(some.k, region.queries).to(wide)
     scale = q.shape[-1] ** -0.5 if some.scale is None else some.scale
-    bias = take(dense_bias(region.inside, some.k, heads), region.queries)
+    bias = take(dense_bias(some, region.inside), region.queries)
     return (q * k).sum(-1) * scale + bias.to(wide)

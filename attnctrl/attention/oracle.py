@@ -1,6 +1,7 @@
 """The same plan with explicit N x N matrices in float64: what the engine is held against.
 
-This is the only path of the package that allocates N x N, and it shares no arithmetic with the engine. For every segment s
+This is the only path of the package that allocates N x N, and it shares no arithmetic with the engine. For every
+segment s
 
     L_s[i, j]  = bias of key j where the segment holds i and j, else -inf          (materialize)
     A          = sum_s diag(w_s) softmax(scale q k' + L_s)

@@ -1,9 +1,10 @@
 """What happens in one attention call, as plain frozen values.
 
-A ``Plan`` says who attends to whom (segments of query tokens x groups of key tokens, each with a log-bias), which heads are
-blended toward a target (lerps), and what scales the heads. It knows nothing of how that is computed: ``engine.run`` computes it
-around fused attention, ``oracle.dense`` with explicit N x N matrices. Values are never written to after construction; to change a
-strength make a new plan, or keep a tensor and name its ``heads`` (see ``Lerp``).
+A ``Plan`` says who attends to whom (segments of query tokens x groups of key tokens, each with a log-bias), which
+heads are blended toward a target (lerps), and what scales the heads. It knows nothing of how that is computed:
+``engine.run`` computes it around fused attention, ``oracle.dense`` with explicit N x N matrices. Values are never
+written to after construction; to change a strength make a new plan, or keep a tensor and name its ``heads`` (see
+``Lerp``).
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ Mode = Literal["mask", "mass"]
 class KeyGroup:
     """Key tokens and what is added to their logits.
 
-    ``bias`` is a number (-inf forbids the group), or a tensor: per key (n,) or (B|1, H|1, n), -inf allowed per key; or with a last
-    dimension of 1 (or no dimension) one bias for the whole group, e.g. per sample (B, 1, 1). A tensor bias is rounded to the dtype
-    of q where the kernel demands that.
+    ``bias`` is a number (-inf forbids the group), or a tensor: per key (n,) or (B|1, H|1, n), -inf allowed per key; or
+    with a last dimension of 1 (or no dimension) one bias for the whole group, e.g. per sample (B, 1, 1). A tensor bias
+    is rounded to the dtype of q where the kernel demands that.
     """
 
     tokens: Tokens
@@ -77,17 +78,18 @@ class Lerp:
     | mean_query | attention of q̄, the mean query of all rows (of the region), over the keys it may attend to |
     | argmax | v of its largest logit |
 
-    ``region`` (image tokens of a joint sequence, n_q == n_k) edits only these query rows and perturbs only these keys; the
-    attention to the rest R of the keys stays:
+    ``region`` (image tokens of a joint sequence, n_q == n_k) edits only these query rows and perturbs only these keys;
+    the attention to the rest R of the keys stays:
 
         identity, mode "mask"      w_i v_i + (1 - w_i) o_i^R,   w_i = sigmoid(s_ii - lse_i^R)     logits of the others -inf
         identity, mode "mass"      m_i v_i + (1 - m_i) o_i^R,   m_i = the row's mass on the region
         uniform, argmax            m_i t_i + (1 - m_i) o_i^R,   t_i over the region's keys         always by mass; mode is not read
         mean_query                 q̄ over the region's rows, all keys
 
-    ``strength`` is (H,) or (B, H), 0 = off, 1 = full; a head with strength 0 is not touched. Which heads are touched at all is read
-    from the values at construction, so keep strengths on the CPU (no synchronisation; they are tiny). Name ``heads`` yourself to
-    keep a tensor whose values change in place, or to build the value inside a compiled function: then nothing is read.
+    ``strength`` is (H,) or (B, H), 0 = off, 1 = full; a head with strength 0 is not touched. Which heads are touched
+    at all is read from the values at construction, so keep strengths on the CPU (no synchronisation; they are tiny).
+    Name ``heads`` yourself to keep a tensor whose values change in place, or to build the value inside a compiled
+    function: then nothing is read.
     """
 
     target: Target
@@ -95,7 +97,8 @@ class Lerp:
     region: Tokens | None = None
     mode: Mode = "mask"
     heads: tuple[int, ...] | None = None
-    full: bool = field(init=False, default=False)  # every head, every row at strength 1, known at construction
+    full: bool = field(init=False, default=False)  # every head of every row has strength 1, known at construction
+    everywhere: bool = field(init=False, default=False)  # no row has strength 0 in these heads, known at construction
 
     def __post_init__(self) -> None:
         wrong = []
@@ -113,6 +116,7 @@ class Lerp:
         if self.heads is None:
             values = self.strength.detach().cpu().reshape(-1, self.strength.shape[-1])
             object.__setattr__(self, "heads", tuple((values != 0).any(0).nonzero().flatten().tolist()))
+            object.__setattr__(self, "everywhere", bool((values[:, list(self.heads)] != 0).all()))
             object.__setattr__(self, "full", bool((values == 1).all()) and values.numel() > 0)
         else:
             object.__setattr__(self, "heads", tuple(sorted(set(self.heads))))
@@ -144,7 +148,9 @@ class Plan:
         return replace(self, rows=rows)
 
     def check(self, n_q: int, n_k: int, heads: int | None = None, batch: int | None = None) -> None:
-        """Raise AttnCtrlError with every reason why the plan does not fit; reads tensors, so call it once, not per step."""
+        """Raise AttnCtrlError with every reason why the plan does not fit; reads tensors, so call it once, not per
+        step.
+        """
         wrong = [*self._wrong_rows(batch), *self._wrong_segments(n_q, n_k, heads), *self._wrong_lerps(n_q, n_k, heads)]
         if self.head_scale is not None:
             wrong += _wrong_heads("head_scale", self.head_scale, heads, self._batch(batch))

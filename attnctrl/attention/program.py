@@ -1,8 +1,9 @@
 """A plan resolved for one length: which rows meet which keys, in which blocks.
 
-``resolve`` is plain Python on spans (``groups.py``) and cached on the plan, so a plan used in every layer and step pays once. Key
-groups of equal bias become one *bundle*: a maskless attention call. A causal bundle is cut into full and triangular pieces; only if
-scattered tokens would give too many, it becomes one tiled call with a key limit per row.
+``resolve`` is plain Python on spans (``groups.py``) and cached on the plan, so a plan used in every layer and step
+pays once. Key groups of equal bias become one *bundle*: a maskless attention call. A causal bundle is cut into full
+and triangular pieces; only if scattered tokens would give too many, it becomes one tiled call with a key limit per
+row.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """Keys of one attention call. ``bias`` is constant over them and added to the LSE, unless ``parts`` give one per key."""
+    """Keys of one attention call. ``bias`` is constant over them and added to the LSE, unless ``parts`` give one per
+    key.
+    """
 
     keys: Tokens
     size: int

@@ -1,7 +1,8 @@
 """Explicit attention in tiles of bounded size: what no fused kernel offers.
 
-Every function here loops over query rows so that a tile holds at most ``TILE`` logits (or one row, if a row is longer). Where
-gradients flow, tiles are recomputed in the backward pass instead of kept, so memory stays linear there too.
+Every function here loops over query rows so that a tile holds at most ``TILE`` logits (or one row, if a row is
+longer). Where gradients flow, tiles are recomputed in the backward pass instead of kept, so memory stays linear there
+too.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def tiled_attention(
 def tiled_argmax(
     q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None, limits: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Largest logit of each row and the key that has it, the first of equals: values (B, H, n_q), keys (B, H, n_q) int64."""
+    """Largest logit of each row and the key that has it, the first of equals: values (B, H, n_q), keys (B, H, n_q)
+    int64.
+    """
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     keys = k.to(exact)
     found = []

@@ -52,7 +52,9 @@ def resolve_model(model: str | os.PathLike) -> str:
             )
         return str(path)
     if text and path.exists():
-        raise AttnCtrlError(f"model {text!r} is a file, not a folder\nHINT: a folder written by pipeline.save_pretrained, or a hub id")
+        raise AttnCtrlError(
+            f"model {text!r} is a file, not a folder\nHINT: a folder written by pipeline.save_pretrained, or a hub id"
+        )
     if not _HUB_ID.fullmatch(text):
         names = ", ".join(PREFIX + name for name in builtin_models())
         raise AttnCtrlError(

@@ -38,8 +38,9 @@ def qkv(
 def budget(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> float:
     """How far a fused float path may be from the float64 oracle, from dtype and lengths alone.
 
-    Sums of m terms drift like sqrt(m) roundings; 4 of these deviations are allowed. With unit roundoffs u of the dtype and u_acc of
-    its accumulator (float32 for half types), the logits bounded by S = scale max|q| max|k| (Euclidean norms):
+    Sums of m terms drift like sqrt(m) roundings; 4 of these deviations are allowed. With unit roundoffs u of the dtype
+    and u_acc of its accumulator (float32 for half types), the logits bounded by S = scale max|q| max|k| (Euclidean
+    norms):
 
         logit          |ds|  = 4 sqrt(D) u_acc S
         probability    |dp|/p = 2 |ds| + u_exp + 4 sqrt(n) u_acc,    u_exp = 2**-20, what aten's vectorised exp promises (float64: u)
@@ -81,7 +82,9 @@ def size(tokens: Tokens) -> int:
 def random_segments(
     n_q: int, n_k: int, rng: random.Random, *, batch: int = 1, heads: int = 1, keep: int | None = None
 ) -> tuple[Segment, ...]:
-    """Segments that cover all rows once, with biases of every kind; key ``keep`` is always visible (so no row is empty)."""
+    """Segments that cover all rows once, with biases of every kind; key ``keep`` is always visible (so no row is
+    empty).
+    """
     found = []
     for queries in split(n_q, rng.randint(1, 4), rng):
         keys = [group for group in split(n_k, rng.randint(1, 4), rng)]

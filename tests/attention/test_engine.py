@@ -38,7 +38,7 @@ def assert_exact(q, k, v, plan, **named):
     assert error <= budget(q, k, v, named.get("scale")), f"{error:.3g} > {budget(q, k, v):.3g} for {plan.describe()}"
 
 
-# --- plain ---------------------------------------------------------------------------------------------------------------------
+# --- plain -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -67,7 +67,7 @@ def test_plain_causal_is_aligned_to_the_bottom_right():
         assert_exact(*qkv(1, 4, n_q, n_k, kv_heads=2), Plan(), causal=True)
 
 
-# --- random plans against the oracle -------------------------------------------------------------------------------------------
+# --- random plans against the oracle ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(150))
@@ -180,7 +180,7 @@ def test_group_masses(causal, kv_heads):
     torch.testing.assert_close(out, p @ v.repeat_interleave(4 // kv_heads, 1))
 
 
-# --- lerps ---------------------------------------------------------------------------------------------------------------------
+# --- lerps -----------------------------------------------------------------------------------------------------------
 
 
 def explicit(q, k, v, target, u, region, mode):
@@ -283,7 +283,7 @@ def test_identity_needs_a_square():
         run(q, k, v, Plan(lerps=(Lerp("identity", torch.tensor([0.5, 0.0])),)))
 
 
-# --- batch rows ----------------------------------------------------------------------------------------------------------------
+# --- batch rows ------------------------------------------------------------------------------------------------------
 
 
 def test_rows_with_different_plans():
@@ -321,7 +321,7 @@ def test_rows_must_be_disjoint_and_exist(rows):
         run_rows(*qkv(2, 2, 4), [Plan(head_scale=scale, rows=r) for r in rows])
 
 
-# --- gradients -----------------------------------------------------------------------------------------------------------------
+# --- gradients -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -355,7 +355,7 @@ def test_biased_groups_stay_fused_under_gradients():
     assert log == {"cpu_flash": 2}
 
 
-# --- memory --------------------------------------------------------------------------------------------------------------------
+# --- memory ----------------------------------------------------------------------------------------------------------
 
 
 class Largest(TorchDispatchMode):
@@ -421,7 +421,7 @@ def test_the_memory_test_sees_a_matrix():
     assert large >= 3.5 * small
 
 
-# --- kernels and compilation ---------------------------------------------------------------------------------------------------
+# --- kernels and compilation -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(8))

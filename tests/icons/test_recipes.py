@@ -18,7 +18,11 @@ def test_zero_tokens_equal_one_with_a_log_bias(count):
     model = denoiser.build().eval()
     generator = torch.Generator().manual_seed(1)
     noisy, words = torch.randn(1, 8, 16, 16, generator=generator), torch.randn(1, 6, 256, generator=generator)
-    rest = {"pooled_projections": torch.randn(1, 256, generator=generator), "timestep": torch.tensor([300.0]), "return_dict": False}
+    rest = {
+        "pooled_projections": torch.randn(1, 256, generator=generator),
+        "timestep": torch.tensor([300.0]),
+        "return_dict": False,
+    }
     bias = torch.zeros(1, 1, 1, 64 + 6 + 1)
     bias[..., -1] = math.log(count)
     with torch.no_grad():
@@ -74,9 +78,38 @@ def test_the_whole_recipe_runs_resumes_and_loads(tmp_path):
         train.main(["export", "--output", str(run), "--to", str(to)])
     train.main(["text", "--output", str(run), "--steps", "2", *small])
     for steps in ("1", "2"):
-        train.main(["vae", "--output", str(run), "--steps", steps, "--crop-steps", "9", "--no-compile", "--save-every", "1", *small])
+        train.main(
+            [
+                "vae",
+                "--output",
+                str(run),
+                "--steps",
+                steps,
+                "--crop-steps",
+                "9",
+                "--no-compile",
+                "--save-every",
+                "1",
+                *small,
+            ]
+        )
     for steps in ("1", "2"):
-        train.main(["denoiser", "--output", str(run), "--steps", steps, "--pool", "200", "--save-every", "1", "--sample-every", "0", *small])
+        train.main(
+            [
+                "denoiser",
+                "--output",
+                str(run),
+                "--steps",
+                steps,
+                "--pool",
+                "200",
+                "--save-every",
+                "1",
+                "--sample-every",
+                "0",
+                *small,
+            ]
+        )
     assert torch.load(run / "denoiser.pt", weights_only=True)["step"] == 2
     train.main(["export", "--output", str(run), "--to", str(to)])
     pipe = StableDiffusion3Pipeline.from_pretrained(to)

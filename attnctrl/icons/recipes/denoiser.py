@@ -117,11 +117,8 @@ class LatentPool:
     @torch.no_grad()
     def grow(self, count: int, chunk: int = 32) -> None:
         where = self.vae.device
-        for _ in range(0, count, chunk):
-            fresh = []
-            for index in range(len(self.scenes), len(self.scenes) + chunk):
-                rng = np.random.default_rng((self.seed, 13, index))
-                fresh.append(sample_scene(rng, related=rng.random() < 0.6))
+        for first in range(0, count, chunk):
+            fresh = [self._scene(len(self.scenes) + i) for i in range(min(chunk, count - first))]
             pixels = torch.from_numpy(np.stack([np.asarray(scene.render()) for scene in fresh]))
             pixels = pixels.to(where).permute(0, 3, 1, 2).float() / 127.5 - 1
             with autocast(where):
@@ -129,6 +126,24 @@ class LatentPool:
             self.scenes += fresh
             self.latents += list(latents.bfloat16().cpu())
             self.truth += [token_truth(scene) for scene in fresh]
+
+    def fill(self, count: int, cache: Path) -> None:
+        """Grows to `count` scenes; latents are read from `cache` if a run left them there, and written to it otherwise."""
+        saved, weights = load_checkpoint(cache), float(sum(p.double().sum() for p in self.vae.parameters()))
+        if saved is not None and (saved["seed"], saved["vae"]) == (self.seed, weights) and len(saved["latents"]) >= count:
+            for index in range(count):
+                scene = self._scene(index)
+                self.scenes.append(scene)
+                self.truth.append(token_truth(scene))
+            self.latents = list(saved["latents"][:count])
+            return
+        for _ in tqdm(range(0, count, 192), desc="latents", mininterval=5):
+            self.grow(min(192, count - len(self.scenes)))
+        save_checkpoint(cache, {"seed": self.seed, "vae": weights, "latents": torch.stack(self.latents)})
+
+    def _scene(self, index: int) -> Scene:
+        rng = np.random.default_rng((self.seed, 13, index))
+        return sample_scene(rng, related=rng.random() < 0.6)
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         picks = rng.integers(0, len(self.scenes), size=count)
@@ -200,8 +215,7 @@ def train(
             optimizer.load_state_dict(saved)
         first = state["step"]
     scenes = LatentPool(vae, seed)
-    for _ in tqdm(range(pool // 200), desc="latents", mininterval=5):
-        scenes.grow(192)
+    scenes.fill(pool, output / "latents.pt")
 
     caught: dict[str, torch.Tensor] = {}
     model.transformer_blocks[READ_AFTER].register_forward_hook(lambda module, args, out: caught.update(states=out[1]))
