@@ -14,6 +14,7 @@ Rectified flow with logit-normal times. Three things make it learnable on two CP
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -152,12 +153,12 @@ class LatentPool:
         return latents, torch.from_numpy(np.stack([self.truth[i] for i in picks])), texts
 
 
-def schedule(step: int, steps: int, warmup: int = 100, decay: float = 0.3) -> float:
-    """Warm-up, constant, then linear decay to 2 % over the last `decay` of the steps: a run can be prolonged before it decays."""
+def schedule(step: int, done: float, warmup: int = 100, decay: float = 0.4) -> float:
+    """Warm-up, constant, then linear decay to 2 % over the last `decay` of the run, `done` in 0-1: a run can be prolonged before it
+    decays."""
     if step < warmup:
         return (step + 1) / warmup
-    start = steps * (1 - decay)
-    return 1.0 if step < start else max(0.02, 1 - (step - start) / (steps - start))
+    return min(1.0, max(0.02, (1 - done) / decay))
 
 
 def _optimizers(model: nn.Module, encoder: nn.Module, reader: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
@@ -191,6 +192,7 @@ def train(
     compile: bool = False,
     save_every: int = 200,
     sample_every: int = 500,
+    minutes: float = 0.0,
 ) -> None:
     """Trains on the VAE, tokenizer and text encoder in `parts`; checkpoints to `output/denoiser.pt`; run again to resume.
 
@@ -198,6 +200,7 @@ def train(
         pool: scenes whose latents are computed before the first step.
         grow: further scenes per 100 steps.
         sample_every: steps between sample grids; 0 for none.
+        minutes: end after this long at the latest, counted from the first step of this call; the decay follows the clock.
     """
     output.mkdir(parents=True, exist_ok=True)
     where = pick_device(device)
@@ -227,8 +230,11 @@ def train(
 
     forward = torch.compile(forward, dynamic=False) if compile else forward
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="denoiser", mininterval=10)
-    running = None
+    running, began = None, time.monotonic()
     for step in bar:
+        done = (step + 1) / steps
+        if minutes:
+            done = max(done, (time.monotonic() - began) / 60 / minutes)
         rng, generator = np.random.default_rng((seed, 21, step)), torch.Generator().manual_seed(step)
         latents, truth, texts = scenes.draw(rng, batch_size)
         latents, truth = latents.to(where), truth.to(where)
@@ -248,21 +254,23 @@ def train(
         torch.nn.utils.clip_grad_norm_([*model.parameters(), *encoder.parameters()], 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate * group.get("share", 1.0) * schedule(step, steps)
+                group["lr"] = learning_rate * group.get("share", 1.0) * schedule(step, done)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         running = flow.item() if running is None else 0.98 * running + 0.02 * flow.item()
         if step % 10 == 0:
             bar.set_postfix(flow=f"{running:.4f}", read=f"{reading.item():.3f}")
-        if (step + 1) % save_every == 0 or step + 1 == steps:
+        if (step + 1) % save_every == 0 or done >= 1:
             state = {"model": model.state_dict(), "encoder": encoder.state_dict(), "reader": reader.state_dict(), "step": step + 1}
             save_checkpoint(output / "denoiser.pt", {**state, "optimizers": [o.state_dict() for o in optimizers]})
-        if sample_every and ((step + 1) % sample_every == 0 or step + 1 == steps):
+        if sample_every and ((step + 1) % sample_every == 0 or done >= 1):
             pipeline = assemble(vae, tokenizer, encoder, model)
             sample_grid(pipeline, output / f"denoiser-{step + 1:06d}.png")
             encoder.train(), model.train()
         if grow and step % 100 == 99:
             scenes.grow(grow)
+        if done >= 1:
+            break
     assemble(vae, tokenizer, encoder, model).save_pretrained(output / "pipeline", safe_serialization=True)
 
 

@@ -6,23 +6,27 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
+from tokenizers import Regex, Tokenizer, models, normalizers
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from ...errors import AttnCtrlError
 from .common import load_checkpoint
 from .denoiser import assemble, build
 
 
-def silent_t5(width: int, vocabulary: int) -> T5EncoderModel:
+def silent_t5(width: int) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
     """A T5 encoder that says nothing: its last norm has weight 0, so its states are the zeros that the pipeline puts in place
     of an absent third encoder.
 
     diffusers (0.42) saves a pipeline without T5 and then refuses to load the folder unless told ``text_encoder_3=None``; with
-    this encoder of a fifth of a megabyte in the folder a plain `from_pretrained` loads it, and telling it so gives the same pictures.
+    this encoder of a few kilobytes in the folder a plain `from_pretrained` loads it, and telling it so gives the same pictures.
+    Its tokenizer turns every text into padding, so that no `max_sequence_length` is too short for it.
     """
-    model = T5EncoderModel(T5Config(vocab_size=vocabulary, d_model=width, d_ff=8, d_kv=8, num_heads=1, num_layers=1))
+    model = T5EncoderModel(T5Config(vocab_size=2, d_model=width, d_ff=8, d_kv=8, num_heads=1, num_layers=1)).eval()
     torch.nn.init.zeros_(model.encoder.final_layer_norm.weight)
-    return model
+    nothing = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
+    nothing.normalizer = normalizers.Replace(Regex(r"[\s\S]+"), "")
+    return model, PreTrainedTokenizerFast(tokenizer_object=nothing, pad_token="<pad>", unk_token="<unk>", model_max_length=512)
 
 
 def export(output: Path, to: Path) -> None:
@@ -39,9 +43,8 @@ def export(output: Path, to: Path) -> None:
     vae = AutoencoderKL.from_pretrained(output / "vae")
     tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
     pipeline = assemble(vae, tokenizer, encoder, model)
-    pipeline.register_modules(
-        text_encoder_3=silent_t5(model.config.joint_attention_dim, len(tokenizer)).eval(), tokenizer_3=tokenizer
-    )
+    third, nothing = silent_t5(model.config.joint_attention_dim)
+    pipeline.register_modules(text_encoder_3=third, tokenizer_3=nothing)
     pipeline.to(torch.float16).save_pretrained(to, safe_serialization=True)
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file()) / 1e6
     print(f"{to}: {size:.1f} MB after {state['step']} steps")
