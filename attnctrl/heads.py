@@ -120,14 +120,20 @@ class HeadSet:
         if wrong:
             layers = sorted(by_layer)
             second = [site.path for site in sites if not site.primary]
-            exists = f"the model has layers {layers[0]} to {layers[-1]} with {by_layer[layers[0]].heads} heads" if layers else "no layers"
+            exists = (
+                f"the model has layers {layers[0]} to {layers[-1]} with {by_layer[layers[0]].heads} heads"
+                if layers
+                else "no layers"
+            )
             if second:
                 exists += f", and by path {second[0]} … {second[-1]}"
             raise AttnCtrlError("; ".join(wrong) + f"\nHINT: {exists}")
         return out
 
     def __str__(self) -> str:
-        return ",".join(f"{layer}.{head}" + ("" if weight == 1 else f":{weight:g}") for layer, head, weight in self.heads)
+        return ",".join(
+            f"{layer}.{head}" + ("" if weight == 1 else f":{weight:g}") for layer, head, weight in self.heads
+        )
 
 
 def _entry(item) -> tuple[int | str, int, float]:
@@ -147,5 +153,7 @@ def _entry(item) -> tuple[int | str, int, float]:
 def _merge(entries: Iterable[tuple[int | str, int, float]]) -> tuple[tuple[int | str, int, float], ...]:
     table = {(layer, head): weight for layer, head, weight in entries}
     if not table:
-        raise AttnCtrlError("an empty head set selects nothing\nHINT: leave `heads` out to select every head of `layers`")
+        raise AttnCtrlError(
+            "an empty head set selects nothing\nHINT: leave `heads` out to select every head of `layers`"
+        )
     return tuple((layer, head, weight) for (layer, head), weight in table.items())

@@ -38,16 +38,22 @@ class Region:
     def __post_init__(self) -> None:
         name = f"region {self.prompt!r}"
         if (self.box is None) == (self.mask is None):
-            raise AttnCtrlError(f"{name} needs either a box or a mask\nHINT: Region({self.prompt!r}, box=(0, 0, 0.5, 1))")
+            raise AttnCtrlError(
+                f"{name} needs either a box or a mask\nHINT: Region({self.prompt!r}, box=(0, 0, 0.5, 1))"
+            )
         if self.box is not None:
             box = tuple(float(side) for side in self.box)
             if len(box) != 4:
                 raise AttnCtrlError(f"{name}: a box is (x0, y0, x1, y1), got {self.box}")
             x0, y0, x1, y1 = box
             if not all(0 <= side <= 1 for side in box):
-                raise AttnCtrlError(f"{name}: box {_numbers(box)} reaches outside 0-1\nHINT: fractions of width and height, not pixels")
+                raise AttnCtrlError(
+                    f"{name}: box {_numbers(box)} reaches outside 0-1\nHINT: fractions of width and height, not pixels"
+                )
             if x0 >= x1 or y0 >= y1:
-                raise AttnCtrlError(f"{name}: box {_numbers(box)} is empty\nHINT: (x0, y0, x1, y1) with x0 < x1 and y0 < y1")
+                raise AttnCtrlError(
+                    f"{name}: box {_numbers(box)} is empty\nHINT: (x0, y0, x1, y1) with x0 < x1 and y0 < y1"
+                )
             object.__setattr__(self, "box", box)
         else:
             object.__setattr__(self, "_pixels", _read_mask(self.mask, name))
@@ -68,6 +74,11 @@ class Region:
         if len(box) != 4:
             raise AttnCtrlError(f"region {text!r}: a box has four numbers x0,y0,x1,y1, not {len(box)}")
         return cls(prompt.strip(), box=box)
+
+    @property
+    def pixels(self) -> torch.Tensor | None:
+        """The mask as it was given, (H, W) float32 in 0-1; None for a box."""
+        return self._pixels
 
     def coverage(self, grid: tuple[int, int]) -> torch.Tensor:
         """How much of every token the region covers, (rows, columns) float32 in 0-1."""
@@ -109,7 +120,11 @@ def _read_mask(mask: Any, name: str) -> torch.Tensor:
         try:
             with Image.open(path) as opened:
                 opened.load()
-                mask = opened.getchannel("A") if opened.mode == "RGBA" and opened.getchannel("A").getextrema()[0] < 255 else opened.convert("L")
+                mask = (
+                    opened.getchannel("A")
+                    if opened.mode == "RGBA" and opened.getchannel("A").getextrema()[0] < 255
+                    else opened.convert("L")
+                )
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise AttnCtrlError(f"{name}: mask file {str(path)!r} cannot be read as an image: {error}") from None
     if isinstance(mask, Image.Image):

@@ -32,7 +32,9 @@ class Schedule:
         if self.sigma is not None and not self.sigma[0] <= self.sigma[1]:
             wrong.append(f"sigma={self.sigma} is (low, high)")
         if wrong:
-            raise AttnCtrlError("; ".join(wrong) + "\nHINT: Schedule(start=0.0, stop=0.5) acts in the first half of the steps")
+            raise AttnCtrlError(
+                "; ".join(wrong) + "\nHINT: Schedule(start=0.0, stop=0.5) acts in the first half of the steps"
+            )
 
     @property
     def everywhere(self) -> bool:

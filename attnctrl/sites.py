@@ -42,7 +42,9 @@ class Tokens:
         return next((slice(start, stop) for stream, start, stop in self.streams if stream == name), None)
 
 
-def lay_out(streams: tuple[str, ...], lengths: dict[str, int], grid: tuple[int, int], regions: tuple[int, ...] = ()) -> Tokens:
+def lay_out(
+    streams: tuple[str, ...], lengths: dict[str, int], grid: tuple[int, int], regions: tuple[int, ...] = ()
+) -> Tokens:
     """Places the streams of a site. Region prompts stand before the base prompt, so that base and image stay neighbours where
     the text comes first, and behind it where the image comes first."""
     placed: list[tuple[str, int, int]] = []

@@ -29,7 +29,9 @@ def notes(module: str, **facts: object) -> str:
     """The command, the settings and the machine, as a markdown list."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     lines = {"command": f"`python -m {module} {shlex.join(words)}`".replace(" `", "`"), **facts}
-    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers", "transformers"))
+    packages = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers", "transformers")
+    )
     lines["machine"] = f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, {packages}"
     lines["date"] = datetime.date.today().isoformat()
     return "\n".join(f"- {key}: {value}" for key, value in lines.items())

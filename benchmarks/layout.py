@@ -58,11 +58,17 @@ def case(index: int, subjects: int = 2) -> Case:
             x = int(rng.integers(0, (CANVAS - width) // GRID + 1)) * GRID
             y = int(rng.integers(0, (CANVAS - height) // GRID + 1)) * GRID
             boxes.append((x, y, x + width, y + height))
-        if all(a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1] for i, a in enumerate(boxes) for b in boxes[i + 1 :]):
+        if all(
+            a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+            for i, a in enumerate(boxes)
+            for b in boxes[i + 1 :]
+        ):
             return Case(tuple(zip(nouns, colors)), tuple(boxes), index)
 
 
-def generate(pipe, cases: Sequence[Case], options: dict | None, steps: int, guidance_scale: float) -> list[Image.Image]:
+def generate(
+    pipe, cases: Sequence[Case], options: dict | None, steps: int, guidance_scale: float
+) -> list[Image.Image]:
     """One picture a case; `options` are RegionalPrompts' arguments, None for no control."""
     import torch
 
@@ -74,14 +80,23 @@ def generate(pipe, cases: Sequence[Case], options: dict | None, steps: int, guid
         with ac.attach(pipe, *controls):
             generator = torch.Generator("cpu").manual_seed(item.seed)
             images += pipe(
-                item.prompt, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generator, max_sequence_length=1
+                item.prompt,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                generator=generator,
+                max_sequence_length=1,
             ).images
     return images
 
 
 def score(cases: Sequence[Case], images: Sequence[Image.Image], judge: IconJudge) -> dict[str, list[bool]]:
     """Per subject: in its box with noun and colour; in its box with the colour; noun and colour anywhere; leaked (per case)."""
-    out: dict[str, list[bool]] = {"noun, colour and box": [], "colour and box": [], "noun and colour": [], "leaked": []}
+    out: dict[str, list[bool]] = {
+        "noun, colour and box": [],
+        "colour and box": [],
+        "noun and colour": [],
+        "leaked": [],
+    }
     for item, read in zip(cases, judge.read_many(images)):
         found = match(read, item.wanted)
         for one, box in zip(found, item.boxes):
@@ -103,7 +118,9 @@ def sheet(cases: Sequence[Case], rows: dict[str, Sequence[Image.Image]], count: 
             x, y = 110 + column * tile, row * tile
             out.paste(image.resize((CANVAS, CANVAS)), (x, y))
             for (_, color), box in zip(item.wanted, item.boxes):
-                draw.rectangle((x + box[0], y + box[1], x + box[2] - 1, y + box[3] - 1), outline=COLORS[color], width=2)
+                draw.rectangle(
+                    (x + box[0], y + box[1], x + box[2] - 1, y + box[3] - 1), outline=COLORS[color], width=2
+                )
     return out
 
 
@@ -124,13 +141,26 @@ def main() -> None:
     cases = [case(i) for i in range(asked.cases)]
     variants: dict[str, dict | None] = {"without control": None}
     for weight in asked.base_weight:
-        name = f"base_weight {weight:g}" + (", isolate=False" if asked.no_isolate else "") + (f", stop {asked.stop:g}" if asked.stop < 1 else "")
+        name = (
+            f"base_weight {weight:g}"
+            + (", isolate=False" if asked.no_isolate else "")
+            + (f", stop {asked.stop:g}" if asked.stop < 1 else "")
+        )
         variants[name] = {"base_weight": weight, "stop": asked.stop, "isolate": not asked.no_isolate}
-    pictures = {name: generate(pipe, cases, options, asked.steps, asked.guidance_scale) for name, options in variants.items()}
+    pictures = {
+        name: generate(pipe, cases, options, asked.steps, asked.guidance_scale) for name, options in variants.items()
+    }
     scores = {name: score(cases, images, judge) for name, images in pictures.items()}
     lines = ["# Layout: two subjects in random disjoint boxes", ""]
-    facts = notes("benchmarks.layout", cases=asked.cases, steps=asked.steps, **{"guidance scale": asked.guidance_scale})
-    lines += [facts, "", "| variant | measure | count | rate | Wilson 95 % | McNemar p against no control |", "|---|---|---|---|---|---|"]
+    facts = notes(
+        "benchmarks.layout", cases=asked.cases, steps=asked.steps, **{"guidance scale": asked.guidance_scale}
+    )
+    lines += [
+        facts,
+        "",
+        "| variant | measure | count | rate | Wilson 95 % | McNemar p against no control |",
+        "|---|---|---|---|---|---|",
+    ]
     plain = scores["without control"]
     for name, values in scores.items():
         for measure, hits in values.items():

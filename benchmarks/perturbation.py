@@ -44,9 +44,24 @@ def main() -> None:
             row = results[label, strength]
             print(label, strength, sum(row.right), len(row.right), f"{row.seconds:.0f} s", flush=True)
     where = f"heads {asked.heads}" if asked.heads else f"every head of layers {asked.layers or 'all'}"
-    facts = notes("benchmarks.perturbation", prompts=asked.prompts, steps=asked.steps, SoftPAG=f"{where}, scale {asked.scale:g}, target identity")
-    lines = ["# SoftPAG on the embedded model", "", facts, "", "Right: a picture that shows everything asked, noun, colour and relation.", ""]
-    lines += ["| CFG | SoftPAG strength | right | rate | Wilson 95 % | McNemar p against strength 0 |", "|---|---|---|---|---|---|"]
+    facts = notes(
+        "benchmarks.perturbation",
+        prompts=asked.prompts,
+        steps=asked.steps,
+        SoftPAG=f"{where}, scale {asked.scale:g}, target identity",
+    )
+    lines = [
+        "# SoftPAG on the embedded model",
+        "",
+        facts,
+        "",
+        "Right: a picture that shows everything asked, noun, colour and relation.",
+        "",
+    ]
+    lines += [
+        "| CFG | SoftPAG strength | right | rate | Wilson 95 % | McNemar p against strength 0 |",
+        "|---|---|---|---|---|---|",
+    ]
     for (label, strength), result in results.items():
         p = "" if strength == 0 else f"{mcnemar(results[label, 0.0].right, result.right):.2g}"
         lines.append(f"| {label} | {strength:g} | {percent(sum(result.right), len(result.right))} | {p} |")

@@ -6,7 +6,9 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
 
-def tiny_sd3(dual: bool = False, qk_norm: str | None = "rms_norm", layers: int = 3, heads: int = 4) -> SD3Transformer2DModel:
+def tiny_sd3(
+    dual: bool = False, qk_norm: str | None = "rms_norm", layers: int = 3, heads: int = 4
+) -> SD3Transformer2DModel:
     torch.manual_seed(0)
     model = SD3Transformer2DModel(
         sample_size=8,

@@ -15,7 +15,16 @@ WANTED = ((3, 5, 1.0), (4, 2, 1.0))
 
 @pytest.mark.parametrize(
     "text",
-    ["3.5,4.2", "L3H5 L4H2", "3.5; 4.2", "3,5\n4,2", "(3, 5)\n(4, 2)\n", [(3, 5), (4, 2)], [[3, 5], "4.2"], ["L3H5", "4.2"]],
+    [
+        "3.5,4.2",
+        "L3H5 L4H2",
+        "3.5; 4.2",
+        "3,5\n4,2",
+        "(3, 5)\n(4, 2)\n",
+        [(3, 5), (4, 2)],
+        [[3, 5], "4.2"],
+        ["L3H5", "4.2"],
+    ],
 )
 def test_spellings_agree(text):
     assert HeadSet.parse(text).heads == WANTED
@@ -40,7 +49,9 @@ def test_files(tmp_path):
     assert HeadSet.parse(bare).heads == WANTED
 
 
-@pytest.mark.parametrize("text", ["", "head five", "3", "3.x", [(3,)], [(3, 5, "much")], [(True, True, True, True)], [], "3.5 and 4.2"])
+@pytest.mark.parametrize(
+    "text", ["", "head five", "3", "3.x", [(3,)], [(3, 5, "much")], [(True, True, True, True)], [], "3.5 and 4.2"]
+)
 def test_unreadable(text):
     with pytest.raises(AttnCtrlError):
         HeadSet.parse(text)

@@ -272,7 +272,7 @@ def _region(region: Region) -> dict[str, Any]:
     from PIL import Image
 
     name = Path(region.mask).name if isinstance(region.mask, (str, os.PathLike)) else "mask"
-    pixels = region._pixels.mul(255).round().byte().numpy()
+    pixels = region.pixels.mul(255).round().byte().numpy()
     return {**facts, "mask": name, "mask_png": mask_to_text(Image.fromarray(pixels))}
 
 

@@ -121,7 +121,7 @@ def _outline(tile: Image.Image, draw: ImageDraw.ImageDraw, region: Region, color
 
 
 def _mask(region: Region, size: tuple[int, int]) -> Image.Image:
-    pixels = Image.fromarray(region._pixels.mul(255).round().byte().numpy())
+    pixels = Image.fromarray(region.pixels.mul(255).round().byte().numpy())
     return pixels.resize(size, Image.BILINEAR).point(lambda value: 255 * (value >= 128))
 
 

@@ -79,7 +79,12 @@ class RegionalPrompts(Control):
 
     @property
     def neutral(self) -> bool:
-        return not self.regions or self.strength == 0 or self.base_weight == 1 or all(r.strength == 0 for r in self.regions)
+        return (
+            not self.regions
+            or self.strength == 0
+            or self.base_weight == 1
+            or all(r.strength == 0 for r in self.regions)
+        )
 
     def touches(self, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
         """All joint sites: the appended prompts must be kept apart in every layer, also where `layers` switches regions off.
@@ -112,10 +117,14 @@ class RegionalPrompts(Control):
                 own[index] &= ~own[index + 1 :].any(0)
             empty = [self.regions[i].prompt for i in range(len(own)) if not own[i].any()]
             if empty:
-                raise AttnCtrlError(f"RegionalPrompts: region {empty[0]!r} lies wholly under later regions\nHINT: overlap='union' or 'mean'")
+                raise AttnCtrlError(
+                    f"RegionalPrompts: region {empty[0]!r} lies wholly under later regions\nHINT: overlap='union' or 'mean'"
+                )
         if self.background not in ("base", "error"):
             if not free.any():
-                raise AttnCtrlError(f"RegionalPrompts: the background {self.background!r} is wholly covered by regions")
+                raise AttnCtrlError(
+                    f"RegionalPrompts: the background {self.background!r} is wholly covered by regions"
+                )
             own = torch.cat([own, free[None]])
         return own
 
@@ -131,7 +140,13 @@ class RegionalPrompts(Control):
         segments: list[Segment] = []
         regional = torch.zeros(everything.numel(), dtype=torch.float64)
 
-        def add(rows: torch.Tensor, share: torch.Tensor, keys: Sequence[slice], seen: torch.Tensor, text_rows: Sequence[slice] = ()) -> None:
+        def add(
+            rows: torch.Tensor,
+            share: torch.Tensor,
+            keys: Sequence[slice],
+            seen: torch.Tensor,
+            text_rows: Sequence[slice] = (),
+        ) -> None:
             """Image tokens `rows` with weights `share`, and the text rows that see exactly the same keys (weight 1)."""
             keep = share > 0
             queries = torch.cat([rows[keep] + at, *(torch.arange(s.start, s.stop) for s in text_rows)])
@@ -165,7 +180,13 @@ class RegionalPrompts(Control):
                 # a region that overlaps no other sees what its own text sees: one call for both
                 joined = len(signature) == 1 and seen.numel() == int(masks[signature[0]].sum()) and self.isolate
                 alone |= {signature[0]} if joined else set()
-                add(rows, share, [span for i in signature for span in texts[i]], seen, texts[signature[0]] if joined else ())
+                add(
+                    rows,
+                    share,
+                    [span for i in signature for span in texts[i]],
+                    seen,
+                    texts[signature[0]] if joined else (),
+                )
         for index, mask in enumerate(masks):
             if not self.isolate or (self.overlap != "mean" and index not in alone):
                 add(numbers[:0], regional[:0], texts[index], numbers[mask], texts[index])

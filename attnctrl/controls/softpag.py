@@ -82,7 +82,11 @@ class SoftPAG(Control):
 
     @property
     def neutral(self) -> bool:
-        return self.strength == 0 or self.scale == 0 or (self.heads is not None and all(w == 0 for *_, w in self.heads.heads))
+        return (
+            self.strength == 0
+            or self.scale == 0
+            or (self.heads is not None and all(w == 0 for *_, w in self.heads.heads))
+        )
 
     def touches(self, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
         primary = [site for site in sites if site.primary]
@@ -92,7 +96,9 @@ class SoftPAG(Control):
         else:
             weights = self.heads.resolve(sites)
             if self.layers is not None:
-                weights = {site.path: weights[site.path] for site in sites if site.path in weights and site.layer in layers}
+                weights = {
+                    site.path: weights[site.path] for site in sites if site.path in weights and site.layer in layers
+                }
                 if not weights:
                     raise AttnCtrlError(f"SoftPAG: none of the heads {self.heads} is in layers {self.layers!r}")
         return {path: weight * self.strength for path, weight in weights.items() if weight.any()}

@@ -11,7 +11,9 @@ def _grid(bound, model):
     ids = bound["img_ids"]
     ids = ids[0] if ids.ndim == 3 else ids
     if bool((ids[:, 0] != 0).any()):
-        raise AttnCtrlError("this call carries reference images (FLUX.1 Kontext), whose tokens regions cannot place yet")
+        raise AttnCtrlError(
+            "this call carries reference images (FLUX.1 Kontext), whose tokens regions cannot place yet"
+        )
     rows, columns = int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1
     if rows * columns != ids.shape[0]:
         raise AttnCtrlError(f"image ids span {rows} x {columns} tokens but there are {ids.shape[0]}")

@@ -1,9 +1,9 @@
 """Trains the embedded models, one command each, on CPU (bfloat16 autocast) or CUDA. Every command resumes where it stopped.
 
-    python -m attnctrl.icons.train text      --output runs/icons
-    python -m attnctrl.icons.train vae       --output runs/icons
-    python -m attnctrl.icons.train denoiser  --output runs/icons
-    python -m attnctrl.icons.train export    --output runs/icons --to assets/icons-t2i
+python -m attnctrl.icons.train text      --output runs/icons
+python -m attnctrl.icons.train vae       --output runs/icons
+python -m attnctrl.icons.train denoiser  --output runs/icons
+python -m attnctrl.icons.train export    --output runs/icons --to assets/icons-t2i
 """
 
 from __future__ import annotations
@@ -35,11 +35,17 @@ def main(argv: list[str] | None = None) -> None:
         from .recipes import denoiser, export, text, vae
 
     recipes = {"text": text.train, "vae": vae.train, "denoiser": denoiser.train, "export": export.export}
-    parser = argparse.ArgumentParser(prog="python -m attnctrl.icons.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m attnctrl.icons.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="recipe", required=True)
     for name, function in recipes.items():
         sub = commands.add_parser(name, help=(inspect.getdoc(function) or "").splitlines()[0])
-        sub.add_argument("--output", type=Path, required=True, help="folder of the run: checkpoints, sample grids, finished parts")
+        sub.add_argument(
+            "--output", type=Path, required=True, help="folder of the run: checkpoints, sample grids, finished parts"
+        )
         if name == "export":
             sub.add_argument("--to", type=Path, required=True, help="folder for the finished pipeline, half precision")
         _add(sub, function, skip=("output", "parts", "to"))

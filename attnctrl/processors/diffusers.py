@@ -37,7 +37,9 @@ class TakeOver(TorchFunctionMode):
         if q.shape[2] != self.length or k.shape[2] != self.length:
             return func(*args, **kwargs)  # a second attention of the processor, e.g. of an IP-Adapter
         if named.get("attn_mask") is not None:
-            raise AttnCtrlError(f"{self.site.path}: the model masks this attention call, which plans do not combine with yet")
+            raise AttnCtrlError(
+                f"{self.site.path}: the model masks this attention call, which plans do not combine with yet"
+            )
         self.calls += 1
         return run_rows(q, k, v, self.plans, scale=named.get("scale"), causal=bool(named.get("is_causal")))
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..attention import Plan, record_kernels
 from ..controls.base import Control
@@ -67,7 +66,9 @@ class Session:
                 self._strengths[control] = touched
         shapers = [control.name for control in self._strengths if not control.guides]
         if len(shapers) > 1:
-            raise AttnCtrlError(f"{' and '.join(shapers)} both decide who attends to whom; give all regions to one of them")
+            raise AttnCtrlError(
+                f"{' and '.join(shapers)} both decide who attends to whom; give all regions to one of them"
+            )
         self.calls = Counter()
         self.kernels: Counter = Counter()
         self.hits: dict[Control, Counter] = {control: Counter() for control in controls}
@@ -157,13 +158,17 @@ class Session:
         output = self._run(call, bound, shapers, cond, batch, regions)
         self.calls["passes"] += 1
         if guides:
-            scales = {c: c.scale * (c.schedule.weight(fraction or 0.0, sigma) if c.schedule.weight else 1.0) for c in guides}
+            scales = {
+                c: c.scale * (c.schedule.weight(fraction or 0.0, sigma) if c.schedule.weight else 1.0) for c in guides
+            }
             rows = slice(cond[0], cond[-1] + 1)
             few = self.family.select_rows(call, rows, batch)
             prediction = _sample(output)
             delta = 0
             for control in guides:
-                weak = self._run(few, bound, (*shapers, control), tuple(range(len(cond))), len(cond), regions, perturbed=True)
+                weak = self._run(
+                    few, bound, (*shapers, control), tuple(range(len(cond))), len(cond), regions, perturbed=True
+                )
                 delta = delta + guidance_delta(prediction[rows], _sample(weak), scales[control])
                 self.calls["perturbed passes"] += 1
             output = _replace(output, add_to_all(prediction, delta))
@@ -189,11 +194,17 @@ class Session:
         return False
 
     def _cond_rows(self, bound: dict, batch: int) -> tuple[int, ...]:
-        split = self.pipeline is not None and self.family.cfg == "batched" and bool(self.pipeline.do_classifier_free_guidance)
+        split = (
+            self.pipeline is not None
+            and self.family.cfg == "batched"
+            and bool(self.pipeline.do_classifier_free_guidance)
+        )
         if not split or bound.get("skip_layers") is not None:
             return tuple(range(batch))
         if batch % 2:
-            raise AttnCtrlError(f"the pipeline guides with CFG but calls its denoiser with {batch} rows, which are not two halves")
+            raise AttnCtrlError(
+                f"the pipeline guides with CFG but calls its denoiser with {batch} rows, which are not two halves"
+            )
         return tuple(range(batch // 2, batch))
 
     def _when(self, bound: dict) -> tuple[float | None, float | None]:
@@ -231,7 +242,9 @@ class Session:
         if region.prompt_embeds is not None:
             embeds = region.prompt_embeds
             if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[-1] != text.shape[-1]:
-                raise AttnCtrlError(f"region {region.prompt!r}: prompt_embeds is {tuple(embeds.shape)}, the model takes (1, T, {text.shape[-1]})")
+                raise AttnCtrlError(
+                    f"region {region.prompt!r}: prompt_embeds is {tuple(embeds.shape)}, the model takes (1, T, {text.shape[-1]})"
+                )
             return embeds
         if self.pipeline is None:
             raise AttnCtrlError(
@@ -246,7 +259,11 @@ class Session:
             return self._inner(**call)
         lengths = {"text": bound[self.family.text].shape[1]}
         needs_grid = any(control.regions_in_use() for control in active)
-        grid = self.family.grid(bound, self.model) if needs_grid or self.family.cfg == "batched" else (1, bound[self.family.image].shape[1])
+        grid = (
+            self.family.grid(bound, self.model)
+            if needs_grid or self.family.cfg == "batched"
+            else (1, bound[self.family.image].shape[1])
+        )
         lengths["image"] = grid[0] * grid[1]
         self._pass = _Pass(active, cond, batch, lengths, grid, regions, perturbed)
         try:

@@ -89,7 +89,9 @@ def test_equals_dense_masks(family, boxes, overlap, base_weight, isolate):
     masks = torch.stack([region.tokens((4, 4)) for region in control.regions])
 
     def formula(index, q, k, v):
-        return dense_output(family == "flux", masks, q, k, v, base_weight=base_weight, isolate=isolate, overlap=overlap)
+        return dense_output(
+            family == "flux", masks, q, k, v, base_weight=base_weight, isolate=isolate, overlap=overlap
+        )
 
     longer = dict(inputs)
     extra = torch.cat([embeds(0), embeds(1)], 1).expand(2, -1, -1)
@@ -111,7 +113,9 @@ def test_other_layers_follow_the_base_prompt():
     control = make(DISJOINT, base_weight=0.2, layers="1")
     masks = torch.stack([region.tokens((4, 4)) for region in control.regions])
     longer = dict(inputs)
-    longer["encoder_hidden_states"] = torch.cat([inputs["encoder_hidden_states"], torch.cat([embeds(0), embeds(1)], 1).expand(2, -1, -1)], 1)
+    longer["encoder_hidden_states"] = torch.cat(
+        [inputs["encoder_hidden_states"], torch.cat([embeds(0), embeds(1)], 1).expand(2, -1, -1)], 1
+    )
 
     def formula(index, q, k, v):
         return dense_output(False, masks, q, k, v, base_weight=0.2, isolate=True, overlap="union", active=index == 1)
@@ -147,9 +151,14 @@ def test_isolated_regions_do_not_hear_each_other_within_a_block():
     outs = []
     for seed in (1, 2):
         other = torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(seed))
-        regions = [ac.Region("a", box=COVERING[0], prompt_embeds=embeds(0)), ac.Region("b", box=COVERING[1], prompt_embeds=other)]
+        regions = [
+            ac.Region("a", box=COVERING[0], prompt_embeds=embeds(0)),
+            ac.Region("b", box=COVERING[1], prompt_embeds=other),
+        ]
         caught = []
-        handle = model.transformer_blocks[0].register_forward_hook(lambda m, a, out, caught=caught: caught.append(out[1]))
+        handle = model.transformer_blocks[0].register_forward_hook(
+            lambda m, a, out, caught=caught: caught.append(out[1])
+        )
         with torch.no_grad(), ac.attach(model, ac.RegionalPrompts(regions, base_weight=0)):
             model(**inputs)
         handle.remove()
@@ -170,7 +179,11 @@ def test_second_attention_of_sd35_is_isolated_too():
 
 def test_background_policies():
     model = tiny_sd3()
-    with torch.no_grad(), ac.attach(model, make(DISJOINT, background="error")), pytest.raises(ac.AttnCtrlError, match="in no region"):
+    with (
+        torch.no_grad(),
+        ac.attach(model, make(DISJOINT, background="error")),
+        pytest.raises(ac.AttnCtrlError, match="in no region"),
+    ):
         model(**sd3_call())
     with pytest.raises(ac.AttnCtrlError, match="wholly covered"):
         make(COVERING, background="a meadow").masks((4, 4))
@@ -205,7 +218,15 @@ def test_density_matches_the_table_of_the_specification():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"base_weight": 2}, {"strength": -1}, {"overlap": "xor"}, {"trim_text": 0}, {"start": 1.0, "stop": 0.5}, {"regions": ["no place"]}, {"background": " "}],
+    [
+        {"base_weight": 2},
+        {"strength": -1},
+        {"overlap": "xor"},
+        {"trim_text": 0},
+        {"start": 1.0, "stop": 0.5},
+        {"regions": ["no place"]},
+        {"background": " "},
+    ],
 )
 def test_refused_arguments(wrong):
     with pytest.raises(ac.AttnCtrlError):
@@ -214,5 +235,9 @@ def test_refused_arguments(wrong):
 
 def test_bare_denoiser_needs_embeds():
     model = tiny_sd3()
-    with torch.no_grad(), ac.attach(model, ac.RegionalPrompts(["a cat@0,0,0.5,1"])), pytest.raises(ac.AttnCtrlError, match="prompt_embeds"):
+    with (
+        torch.no_grad(),
+        ac.attach(model, ac.RegionalPrompts(["a cat@0,0,0.5,1"])),
+        pytest.raises(ac.AttnCtrlError, match="prompt_embeds"),
+    ):
         model(**sd3_call())

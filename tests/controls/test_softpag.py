@@ -41,7 +41,11 @@ def image_map(target: str, mode: str, q: torch.Tensor, k: torch.Tensor, image: s
         out[:, :, rows] = masked[:, :, rows]
         return out
     mass = full[:, :, rows][..., image].sum(-1, keepdim=True)
-    inner = torch.eye(len(rows), dtype=q.dtype) if target == "identity" else torch.full((len(rows), len(rows)), 1 / len(rows), dtype=q.dtype)
+    inner = (
+        torch.eye(len(rows), dtype=q.dtype)
+        if target == "identity"
+        else torch.full((len(rows), len(rows)), 1 / len(rows), dtype=q.dtype)
+    )
     block = full[:, :, rows].clone()
     block[..., image] = mass * inner
     out[:, :, rows] = block
@@ -65,7 +69,9 @@ def test_equals_explicit_maps(family, target, region, mode):
     build, call, image = FAMILIES[family]
     model, inputs = build(), call()
     strength, scale = 0.6, 2.0
-    control = ac.SoftPAG(heads=[(1, 0), (1, 3, 0.5), (2, 2)], strength=strength, scale=scale, target=target, region=region, mode=mode)
+    control = ac.SoftPAG(
+        heads=[(1, 0), (1, 3, 0.5), (2, 2)], strength=strength, scale=scale, target=target, region=region, mode=mode
+    )
     weights = {1: torch.tensor([1.0, 0, 0, 0.5]) * strength, 2: torch.tensor([0, 0, 1.0, 0]) * strength}
     sites = [site for site in ac.attach(model).sites]
     # attention calls run block by block, the second attention of SD3.5 after the first
@@ -116,7 +122,9 @@ def test_heads_one_by_one_are_the_layer():
 def test_text_rows_are_untouched_by_the_image_region():
     model, inputs = tiny_sd3(), sd3_call()
     states = {}
-    handle = model.transformer_blocks[1].attn.register_forward_hook(lambda m, a, out: states.setdefault("text", []).append(out[1]))
+    handle = model.transformer_blocks[1].attn.register_forward_hook(
+        lambda m, a, out: states.setdefault("text", []).append(out[1])
+    )
     with torch.no_grad(), ac.attach(model, ac.SoftPAG(layers="1", region="image")):
         model(**inputs)
     handle.remove()
@@ -131,7 +139,10 @@ def test_batch_equals_single_runs():
     with torch.no_grad(), ac.attach(model, control):
         together = model(**both)[0]
         for row in range(2):
-            one = {name: value[row : row + 1] if isinstance(value, torch.Tensor) else value for name, value in both.items()}
+            one = {
+                name: value[row : row + 1] if isinstance(value, torch.Tensor) else value
+                for name, value in both.items()
+            }
             torch.testing.assert_close(model(**one)[0], together[row : row + 1], rtol=1e-4, atol=1e-5)
 
 
@@ -161,14 +172,29 @@ def test_several_guidances_add_up():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"strength": 1.5}, {"strength": -0.1}, {"target": "argmin"}, {"region": "text"}, {"mode": "soft"}, {"start": 0.5, "stop": 0.2}],
+    [
+        {"strength": 1.5},
+        {"strength": -0.1},
+        {"target": "argmin"},
+        {"region": "text"},
+        {"mode": "soft"},
+        {"start": 0.5, "stop": 0.2},
+    ],
 )
 def test_refused_arguments(wrong):
     with pytest.raises(ac.AttnCtrlError):
         ac.SoftPAG(heads="0.0", **wrong)
 
 
-@pytest.mark.parametrize("control", [lambda: ac.SoftPAG(heads="9.0"), lambda: ac.SoftPAG(heads="0.7"), lambda: ac.SoftPAG(layers="5"), lambda: ac.SoftPAG(heads="9.0", strength=0)])
+@pytest.mark.parametrize(
+    "control",
+    [
+        lambda: ac.SoftPAG(heads="9.0"),
+        lambda: ac.SoftPAG(heads="0.7"),
+        lambda: ac.SoftPAG(layers="5"),
+        lambda: ac.SoftPAG(heads="9.0", strength=0),
+    ],
+)
 def test_no_match_lists_what_exists(control):
     with pytest.raises(ac.AttnCtrlError, match=r"0 to [23]"):
         ac.attach(tiny_sd3(), control())

@@ -40,7 +40,9 @@ def test_stream_order_is_what_the_model_does(build, call, family):
         for name in ("to_v", "add_v_proj"):
             if getattr(module, name, None) is not None:
                 key = (site.path, name)
-                handles.append(getattr(module, name).register_forward_hook(lambda m, a, out, key=key: outputs.update({key: out})))
+                handles.append(
+                    getattr(module, name).register_forward_hook(lambda m, a, out, key=key: outputs.update({key: out}))
+                )
     with torch.no_grad(), Values() as mode:
         model(**call())
     for handle in handles:
@@ -81,7 +83,10 @@ def test_layers_run_through_all_primary_stacks():
     assert [site.layer for site in FLUX.sites(tiny_flux())] == [0, 1, 2, 3]
     sites = SD3.sites(tiny_sd3(dual=True))
     assert [site.layer for site in sites if site.primary] == [0, 1, 2]
-    assert [(site.path, site.layer) for site in sites if not site.primary] == [("transformer_blocks.0.attn2", 0), ("transformer_blocks.1.attn2", 1)]
+    assert [(site.path, site.layer) for site in sites if not site.primary] == [
+        ("transformer_blocks.0.attn2", 0),
+        ("transformer_blocks.1.attn2", 1),
+    ]
 
 
 def test_layout_keeps_base_text_and_image_together():

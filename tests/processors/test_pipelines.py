@@ -18,19 +18,27 @@ CONTROL = {"heads": "1.1,2.3", "strength": 0.7, "scale": 2.0}
 def tiny_vae(channels: int) -> AutoencoderKL:
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return AutoencoderKL(block_out_channels=(8, 8), latent_channels=channels, norm_num_groups=4, layers_per_block=1, **blocks).eval()
+    return AutoencoderKL(
+        block_out_channels=(8, 8), latent_channels=channels, norm_num_groups=4, layers_per_block=1, **blocks
+    ).eval()
 
 
 def sd3_pipe(**options) -> StableDiffusion3Pipeline:
-    empty = dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"))
-    pipe = StableDiffusion3Pipeline(transformer=tiny_sd3(**options), scheduler=FlowMatchEulerDiscreteScheduler(), vae=tiny_vae(4), **empty)
+    empty = dict.fromkeys(
+        ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    )
+    pipe = StableDiffusion3Pipeline(
+        transformer=tiny_sd3(**options), scheduler=FlowMatchEulerDiscreteScheduler(), vae=tiny_vae(4), **empty
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def flux_pipe(guidance: bool = False) -> FluxPipeline:
     empty = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    pipe = FluxPipeline(transformer=tiny_flux(guidance), scheduler=FlowMatchEulerDiscreteScheduler(), vae=tiny_vae(2), **empty)
+    pipe = FluxPipeline(
+        transformer=tiny_flux(guidance), scheduler=FlowMatchEulerDiscreteScheduler(), vae=tiny_vae(2), **empty
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -82,9 +90,16 @@ def sd3_by_hand(pipe, inputs: dict, control: ac.SoftPAG, steps: range) -> torch.
     scheduler.set_timesteps(STEPS)
     latents, g = inputs["latents"], inputs["guidance_scale"]
     for i, t in enumerate(scheduler.timesteps):
+
         def call(prefix: str, latents=latents, t=t) -> dict:
             embeds, pooled = inputs[f"{prefix}prompt_embeds"], inputs[f"{prefix}pooled_prompt_embeds"]
-            return {"hidden_states": latents, "encoder_hidden_states": embeds, "pooled_projections": pooled, "timestep": t.expand(len(latents)), "return_dict": False}
+            return {
+                "hidden_states": latents,
+                "encoder_hidden_states": embeds,
+                "pooled_projections": pooled,
+                "timestep": t.expand(len(latents)),
+                "return_dict": False,
+            }
 
         cond = model(**call(""))[0]
         prediction = cond
@@ -110,7 +125,9 @@ def test_sd3_yields_the_formula(guidance_scale, batch):
     assert (got - pipe(**inputs).images).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("start", "stop", "steps"), [(0.0, 0.25, range(1)), (0.75, 1.0, range(3, 4)), (0.25, 0.75, range(1, 3))])
+@pytest.mark.parametrize(
+    ("start", "stop", "steps"), [(0.0, 0.25, range(1)), (0.75, 1.0, range(3, 4)), (0.25, 0.75, range(1, 3))]
+)
 def test_windows_include_their_first_step(start, stop, steps):
     pipe, inputs = sd3_pipe(), sd3_inputs()
     with ac.attach(pipe, ac.SoftPAG(**CONTROL, start=start, stop=stop)) as session:
@@ -190,7 +207,11 @@ def test_unconditional_rows_ignore_the_regions(dual):
         model.forward = spy
         pipe(**inputs)
         model.forward = controlled
-    call = {"hidden_states": torch.cat([inputs["latents"]] * 2), "timestep": torch.full((4,), 1000.0), "return_dict": False}
+    call = {
+        "hidden_states": torch.cat([inputs["latents"]] * 2),
+        "timestep": torch.full((4,), 1000.0),
+        "return_dict": False,
+    }
     call["encoder_hidden_states"] = torch.cat([inputs["negative_prompt_embeds"], inputs["prompt_embeds"]])
     call["pooled_projections"] = torch.cat([inputs["negative_pooled_prompt_embeds"], inputs["pooled_prompt_embeds"]])
     with torch.no_grad():
@@ -203,7 +224,9 @@ def test_unconditional_rows_ignore_the_regions(dual):
 def test_flux_regions_spare_the_unconditional_call(true_cfg_scale):
     pipe, inputs = flux_pipe(), flux_inputs(true_cfg_scale=true_cfg_scale)
     lengths = []
-    handle = pipe.transformer.context_embedder.register_forward_pre_hook(lambda m, args: lengths.append(args[0].shape[1]))
+    handle = pipe.transformer.context_embedder.register_forward_pre_hook(
+        lambda m, args: lengths.append(args[0].shape[1])
+    )
     with ac.attach(pipe, regions(stop=0.5)):
         got = pipe(**inputs).images
     handle.remove()
@@ -239,5 +262,7 @@ def test_lora_and_offloading_hooks_stay(tmp_path):
     with_lora = pipe(**inputs).images
     with ac.attach(pipe, ac.SoftPAG(**CONTROL)):
         got = pipe(**inputs).images
-    torch.testing.assert_close(got, sd3_by_hand(pipe, inputs, ac.SoftPAG(**CONTROL), range(STEPS)), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        got, sd3_by_hand(pipe, inputs, ac.SoftPAG(**CONTROL), range(STEPS)), rtol=1e-3, atol=1e-4
+    )
     assert torch.equal(pipe(**inputs).images, with_lora)

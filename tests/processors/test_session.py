@@ -19,7 +19,11 @@ def state_of(model) -> dict:
 
 
 def same(a: dict, b: dict) -> bool:
-    return a["forward"] is b["forward"] and a["hooks"] == b["hooks"] and all(a["processors"][n] is b["processors"][n] for n in a["processors"])
+    return (
+        a["forward"] is b["forward"]
+        and a["hooks"] == b["hooks"]
+        and all(a["processors"][n] is b["processors"][n] for n in a["processors"])
+    )
 
 
 @pytest.mark.parametrize("build", [tiny_sd3, lambda: tiny_sd3(dual=True), tiny_flux])
@@ -114,14 +118,22 @@ def test_controls_that_cannot_act_are_loud():
 
     model = tiny_sd3()
     model.transformer_blocks[1].attn.processor = Silent()
-    with torch.no_grad(), ac.attach(model, ac.SoftPAG(heads="1.1")), pytest.raises(ac.AttnCtrlError, match="could not act"):
+    with (
+        torch.no_grad(),
+        ac.attach(model, ac.SoftPAG(heads="1.1")),
+        pytest.raises(ac.AttnCtrlError, match="could not act"),
+    ):
         model(**sd3_call())
 
 
 def test_masked_attention_is_loud():
     model, inputs = tiny_flux(), flux_call()
     inputs["joint_attention_kwargs"] = {"attention_mask": torch.ones(2, 1, 21, 21, dtype=torch.bool)}
-    with torch.no_grad(), ac.attach(model, ac.SoftPAG(heads="1.1")), pytest.raises(ac.AttnCtrlError, match="masks this attention"):
+    with (
+        torch.no_grad(),
+        ac.attach(model, ac.SoftPAG(heads="1.1")),
+        pytest.raises(ac.AttnCtrlError, match="masks this attention"),
+    ):
         model(**inputs)
 
 
@@ -144,7 +156,9 @@ def test_return_dict_and_positional_arguments(build, call):
     inputs.pop("return_dict")
     with torch.no_grad(), ac.attach(model, ac.SoftPAG(heads="1.1")):
         by_name = model(**inputs).sample
-        positional = model(inputs.pop("hidden_states"), inputs.pop("encoder_hidden_states"), **inputs, return_dict=False)[0]
+        positional = model(
+            inputs.pop("hidden_states"), inputs.pop("encoder_hidden_states"), **inputs, return_dict=False
+        )[0]
     assert torch.equal(by_name, positional)
 
 
@@ -154,7 +168,12 @@ def test_report_says_what_happened():
         assert "has not acted yet" in session.report()
         model(**sd3_call())
         text = session.report()
-    assert "acted 1 times" in text and "neutral, not attached" in text and "1 perturbed passes" in text and "kernels: " in text
+    assert (
+        "acted 1 times" in text
+        and "neutral, not attached" in text
+        and "1 perturbed passes" in text
+        and "kernels: " in text
+    )
 
 
 def test_other_attention_backends_keep_working():

@@ -33,7 +33,9 @@ from .text import tokenize
 
 READ_AFTER = 3
 CELLS = CANVAS // GRID
-PARTS = [(size, row, column) for size in SIZES.values() for row in range(size // GRID) for column in range(size // GRID)]
+PARTS = [
+    (size, row, column) for size in SIZES.values() for row in range(size // GRID) for column in range(size // GRID)
+]
 
 
 def build() -> SD3Transformer2DModel:
@@ -131,7 +133,11 @@ class LatentPool:
     def fill(self, count: int, cache: Path) -> None:
         """Grows to `count` scenes; latents are read from `cache` if a run left them there, and written to it otherwise."""
         saved, weights = load_checkpoint(cache), float(sum(p.double().sum() for p in self.vae.parameters()))
-        if saved is not None and (saved["seed"], saved["vae"]) == (self.seed, weights) and len(saved["latents"]) >= count:
+        if (
+            saved is not None
+            and (saved["seed"], saved["vae"]) == (self.seed, weights)
+            and len(saved["latents"]) >= count
+        ):
             for index in range(count):
                 scene = self._scene(index)
                 self.scenes.append(scene)
@@ -170,7 +176,11 @@ def _optimizers(model: nn.Module, encoder: nn.Module, reader: nn.Module, lr: flo
     return [
         torch.optim.Muon([p for n, p in named if matrix(n, p)], lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(
-            [{"params": rest, "share": 1.0}, {"params": [*reader.parameters()], "share": 1.0}, {"params": [*encoder.parameters()], "share": 0.5}],
+            [
+                {"params": rest, "share": 1.0},
+                {"params": [*reader.parameters()], "share": 1.0},
+                {"params": [*encoder.parameters()], "share": 0.5},
+            ],
             lr,
             betas=(0.9, 0.99),
             weight_decay=0.0,
@@ -261,7 +271,12 @@ def train(
         if step % 10 == 0:
             bar.set_postfix(flow=f"{running:.4f}", read=f"{reading.item():.3f}")
         if (step + 1) % save_every == 0 or done >= 1:
-            state = {"model": model.state_dict(), "encoder": encoder.state_dict(), "reader": reader.state_dict(), "step": step + 1}
+            state = {
+                "model": model.state_dict(),
+                "encoder": encoder.state_dict(),
+                "reader": reader.state_dict(),
+                "step": step + 1,
+            }
             save_checkpoint(output / "denoiser.pt", {**state, "optimizers": [o.state_dict() for o in optimizers]})
         if sample_every and ((step + 1) % sample_every == 0 or done >= 1):
             pipeline = assemble(vae, tokenizer, encoder, model)
@@ -274,7 +289,9 @@ def train(
     assemble(vae, tokenizer, encoder, model).save_pretrained(output / "pipeline", safe_serialization=True)
 
 
-def assemble(vae: AutoencoderKL, tokenizer: CLIPTokenizer, encoder: CLIPTextModelWithProjection, model: SD3Transformer2DModel):
+def assemble(
+    vae: AutoencoderKL, tokenizer: CLIPTokenizer, encoder: CLIPTextModelWithProjection, model: SD3Transformer2DModel
+):
     """The `StableDiffusion3Pipeline` of the parts; both CLIP encoders are the same weights, there is no T5."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 

@@ -26,7 +26,9 @@ def silent_t5(width: int) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
     torch.nn.init.zeros_(model.encoder.final_layer_norm.weight)
     nothing = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
     nothing.normalizer = normalizers.Replace(Regex(r"[\s\S]+"), "")
-    return model, PreTrainedTokenizerFast(tokenizer_object=nothing, pad_token="<pad>", unk_token="<unk>", model_max_length=512)
+    return model, PreTrainedTokenizerFast(
+        tokenizer_object=nothing, pad_token="<pad>", unk_token="<unk>", model_max_length=512
+    )
 
 
 def export(output: Path, to: Path) -> None:

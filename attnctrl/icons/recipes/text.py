@@ -40,7 +40,9 @@ def build_tokenizer(output: Path, captions: int = 4000, seed: int = 0) -> CLIPTo
     corpus += [" ".join(words)] * 50
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=END))
     learner.normalizer = normalizers.Lowercase()
-    learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=1400,
         min_frequency=2,
@@ -118,7 +120,14 @@ def _said(text: str, table) -> str | None:
     return next((word for word in table if f" {word} " in f" {text.replace(',', ' ')} "), None)
 
 
-def train(output: Path, steps: int = 700, batch_size: int = 192, learning_rate: float = 1e-3, seed: int = 0, device: str | None = None) -> None:
+def train(
+    output: Path,
+    steps: int = 700,
+    batch_size: int = 192,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    device: str | None = None,
+) -> None:
     """Builds the tokenizer, warms the encoder up and saves both to `output/tokenizer` and `output/text_encoder`."""
     tokenizer = build_tokenizer(output / "tokenizer", seed=seed)
     where = pick_device(device)
@@ -145,7 +154,9 @@ def train(output: Path, steps: int = 700, batch_size: int = 192, learning_rate: 
                 named = relation if order == 1 else len(RELATIONS)
                 targets.append((_index(item.noun, NOUNS), _index(item.color, COLORS), order, size, named))
                 pairs[row, _index(item.noun, NOUNS), _index(item.color, COLORS)] = 1
-            whole.append((_index(_said(text, PATTERNS), PATTERNS), _index(_said(text, BACKGROUNDS), BACKGROUNDS), relation))
+            whole.append(
+                (_index(_said(text, PATTERNS), PATTERNS), _index(_said(text, BACKGROUNDS), BACKGROUNDS), relation)
+            )
         out = model(ids.to(where), output_hidden_states=True)
         at = out.hidden_states[-2][rows, columns]
         ends = out.hidden_states[-2][torch.arange(batch_size), (ids == tokenizer.eos_token_id).int().argmax(1)]
@@ -156,7 +167,10 @@ def train(output: Path, steps: int = 700, batch_size: int = 192, learning_rate: 
         loss = loss + 20 * F.binary_cross_entropy_with_logits(readers.pooled_pairs(pooled), pairs.flatten(1).to(where))
         sentence_readers = (readers.pooled_pattern, readers.pooled_background, readers.pooled_relation)
         loss = loss + sum(F.cross_entropy(reader(pooled), sentence[:, i]) for i, reader in enumerate(sentence_readers))
-        loss = loss + sum(F.cross_entropy(r(ends), sentence[:, i]) for i, r in enumerate((readers.end_pattern, readers.end_background)))
+        loss = loss + sum(
+            F.cross_entropy(r(ends), sentence[:, i])
+            for i, r in enumerate((readers.end_pattern, readers.end_background))
+        )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * warmup_cosine(step, steps)
         loss.backward()

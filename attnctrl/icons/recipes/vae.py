@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..world import CANVAS, sample_scene
@@ -43,7 +42,14 @@ def batch(rng: np.random.Generator, count: int, size: int) -> torch.Tensor:
         pixels = np.asarray(sample_scene(rng).render())
         y, x = rng.integers(0, CANVAS - size + 1, size=2)
         out[index] = pixels[y : y + size, x : x + size]
-    return torch.from_numpy(out).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous(memory_format=torch.channels_last)
+    return (
+        torch.from_numpy(out)
+        .permute(0, 3, 1, 2)
+        .float()
+        .div_(127.5)
+        .sub_(1)
+        .contiguous(memory_format=torch.channels_last)
+    )
 
 
 @torch.no_grad()
@@ -125,7 +131,9 @@ def train(
         rng = np.random.default_rng((seed, step))
         size = 64 if step < crop_steps else CANVAS
         pixels = batch(rng, batch_size, size).to(where)
-        noise = torch.randn(batch_size, 8, size // 8, size // 8, generator=torch.Generator().manual_seed(step)).to(where)
+        noise = torch.randn(batch_size, 8, size // 8, size // 8, generator=torch.Generator().manual_seed(step)).to(
+            where
+        )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * warmup_cosine(step, steps)
         loss, squared = step_loss(pixels, noise)
@@ -136,7 +144,9 @@ def train(
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", dB=f"{6.02 - 10 * squared.log10().item():.1f}")
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            save_checkpoint(output / "vae.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1})
+            save_checkpoint(
+                output / "vae.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            )
             sample_grid(model, output / f"vae-{step + 1:05d}.png")
     finish(model, output)
 
@@ -145,5 +155,7 @@ def finish(model: AutoencoderKL, output: Path) -> None:
     model = model.eval().to("cpu")
     before = psnr(model)
     normalise_latents(model)
-    print(f"vae: {before:.2f} dB, {psnr(model):.2f} dB after folding, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    print(
+        f"vae: {before:.2f} dB, {psnr(model):.2f} dB after folding, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+    )
     model.save_pretrained(output / "vae", safe_serialization=True)
