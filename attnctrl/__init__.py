@@ -29,12 +29,15 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from .controls import Control, RegionalPrompts, SoftPAG
-    from .errors import AttnCtrlError
-    from .heads import HeadSet
-    from .processors import Session, attach
-    from .regions import Region
-    from .schedule import Schedule
+    from .controls import Control as Control
+    from .controls import RegionalPrompts as RegionalPrompts
+    from .controls import SoftPAG as SoftPAG
+    from .errors import AttnCtrlError as AttnCtrlError
+    from .heads import HeadSet as HeadSet
+    from .processors import Session as Session
+    from .processors import attach as attach
+    from .regions import Region as Region
+    from .schedule import Schedule as Schedule
 
 
 def __getattr__(name: str):

@@ -16,7 +16,7 @@ __all__ = ["FAMILIES", "FLUX", "SD3", "Family", "Stack", "find_denoiser", "find_
 
 def find_family(model: nn.Module) -> Family:
     """The table of a denoiser, by its class name or a base class's."""
-    names = [cls.__name__ for cls in type(getattr(model, "_orig_mod", model)).__mro__]
+    names = [cls.__name__ for cls in type(model).__mro__]
     for family in FAMILIES:
         if family.denoiser in names:
             return family
@@ -29,11 +29,12 @@ def find_family(model: nn.Module) -> Family:
 
 
 def find_denoiser(target) -> tuple[nn.Module, object | None]:
-    """(denoiser, pipeline): a bare denoiser comes back alone, of a pipeline the component that a family table names."""
+    """(denoiser, pipeline): a bare denoiser comes back alone, a pipeline's is its `transformer` or `unet`; a compiled one is
+    unwrapped."""
     if isinstance(target, nn.Module):
-        return target, None
+        return getattr(target, "_orig_mod", target), None
     for name in ("transformer", "unet"):
         model = getattr(target, name, None)
         if isinstance(model, nn.Module):
-            return model, target
+            return getattr(model, "_orig_mod", model), target
     raise AttnCtrlError(f"{type(target).__name__} is neither a denoiser nor a pipeline with a `transformer` or `unet`")

@@ -17,6 +17,7 @@ from ..controls.base import Control
 from ..errors import AttnCtrlError
 from ..families import Family, find_denoiser, find_family
 from ..guidance import add_to_all, guidance_delta
+from ..heads import HeadSet
 from ..sites import Site, Tokens, lay_out
 from .diffusers import ControlledAttnProcessor
 
@@ -59,6 +60,7 @@ class Session:
         self.records: list = []
         self._strengths: dict[Control, dict[str, torch.Tensor]] = {}
         for control in controls:  # also neutral ones: a wrong head is wrong at strength 0 too
+            self._check_family(control)
             touched = control.touches(self.sites)
             if not control.neutral:
                 if not touched:
@@ -76,9 +78,16 @@ class Session:
         self._plans: dict[tuple, list[Plan]] = {}
         self._texts: dict[tuple, torch.Tensor] = {}
         self._step: tuple[int, int] | None = None
-        self._pending: tuple[weakref.ref, torch.Tensor] | None = None
+        self._pending: tuple[weakref.ref, weakref.ref, torch.Tensor | None] | None = None
         self._processors: dict[str, tuple[Any, Any]] = {}
         self._attached = False
+
+    def _check_family(self, control: Control) -> None:
+        heads = getattr(control, "heads", None)
+        if isinstance(heads, HeadSet) and heads.family not in (None, self.family.name):
+            raise AttnCtrlError(
+                f"{control.name}: the head set was found on family {heads.family!r}, this model is {self.family.name!r}"
+            )
 
     # -- entering and leaving ------------------------------------------------------------------------------------------
 
@@ -173,24 +182,24 @@ class Session:
                 self.calls["perturbed passes"] += 1
             output = _replace(output, add_to_all(prediction, delta))
             if self.pipeline is not None and self.family.cfg == "separate":
-                self._pending = (weakref.ref(bound[self.family.image]), delta)
+                self._pending = (*self._pending[:2], delta)
         return output
 
     def _second_call(self, bound: dict, active: tuple[Control, ...]):
         """The unconditional call of a step whose conditional call came before: plain, plus the same guidance."""
-        (_, delta), self._pending = self._pending, None
+        (*_, delta), self._pending = self._pending, None
         self.calls["passes"] += 1
         output = self._inner(**bound)
         return output if delta is None else _replace(output, add_to_all(_sample(output), delta))
 
     def _repeats(self, bound: dict) -> bool:
-        """True in the second call of a step, recognised by the very same latent tensor."""
+        """True in the second call of a step, recognised by the very same latent tensor within the same run."""
         if self.pipeline is None or self.family.cfg != "separate":
             return False
-        latents = bound[self.family.image]
-        if self._pending is not None and self._pending[0]() is latents:
+        latents, run = bound[self.family.image], self.pipeline.scheduler.timesteps
+        if self._pending is not None and self._pending[0]() is latents and self._pending[1]() is run:
             return True
-        self._pending = (weakref.ref(latents), None)
+        self._pending = (weakref.ref(latents), weakref.ref(run), None)
         return False
 
     def _cond_rows(self, bound: dict, batch: int) -> tuple[int, ...]:
@@ -255,6 +264,8 @@ class Session:
 
     def _run(self, call, bound, active, cond, batch, regions, perturbed=False):
         """One pass of the denoiser with controls in force on the conditional rows."""
+        # some models take entries out of the dictionaries they are given, and there may be another pass
+        call = {name: dict(value) if isinstance(value, dict) else value for name, value in call.items()}
         if not active:
             return self._inner(**call)
         lengths = {"text": bound[self.family.text].shape[1]}

@@ -90,6 +90,8 @@ def test_the_whole_recipe_runs_resumes_and_loads(tmp_path):
                 "--no-compile",
                 "--save-every",
                 "1",
+                "--final-scenes",
+                "64",
                 *small,
             ]
         )

@@ -185,6 +185,14 @@ def test_flux_yields_the_formula(distilled, true_cfg_scale):
     torch.testing.assert_close(got, latents, rtol=1e-3, atol=1e-4)
 
 
+def test_one_step_runs_with_the_same_latents_are_told_apart():
+    """Without true CFG every call is conditional, also when the next run starts from the very same tensor."""
+    pipe, inputs = flux_pipe(), {**flux_inputs(), "num_inference_steps": 1}
+    with ac.attach(pipe, ac.SoftPAG(**CONTROL)) as session:
+        first, second = pipe(**inputs).images, pipe(**inputs).images
+    assert torch.equal(first, second) and session.calls["perturbed passes"] == 2
+
+
 def regions(**options) -> ac.RegionalPrompts:
     left = ac.Region("a", box=(0, 0, 0.5, 1), prompt_embeds=random(7, 1, 6, 16))
     right = ac.Region("b", box=(0.5, 0, 1, 1), prompt_embeds=random(8, 1, 3, 16))

@@ -1,3 +1,4 @@
+import inspect
 import threading
 
 import pytest
@@ -103,6 +104,28 @@ def test_unknown_family_says_what_to_write():
 def test_not_a_control():
     with pytest.raises(ac.AttnCtrlError, match="not a control"):
         ac.attach(tiny_sd3(), "SoftPAG")
+
+
+def test_head_set_of_another_family_is_refused():
+    heads = ac.HeadSet(((1, 1, 1.0),), family="flux")
+    with pytest.raises(ac.AttnCtrlError, match="found on family 'flux', this model is 'sd3'"):
+        ac.attach(tiny_sd3(), ac.SoftPAG(heads=heads))
+
+
+def test_dictionaries_that_a_model_empties_reach_every_pass():
+    model, inputs = tiny_sd3(), sd3_call()
+    seen = []
+    inner = model.forward
+
+    def greedy(*args, **kwargs):
+        seen.append(kwargs["joint_attention_kwargs"].pop("extra"))
+        return inner(*args, **kwargs)
+
+    greedy.__signature__ = inspect.signature(inner)
+    model.forward = greedy
+    with torch.no_grad(), ac.attach(model, ac.SoftPAG(heads="1.1")):
+        model(**inputs, joint_attention_kwargs={"extra": 1})
+    assert seen == [1, 1] and model.forward is greedy
 
 
 def test_two_region_controls_are_refused():

@@ -132,7 +132,7 @@ class LatentPool:
 
     def fill(self, count: int, cache: Path) -> None:
         """Grows to `count` scenes; latents are read from `cache` if a run left them there, and written to it otherwise."""
-        saved, weights = load_checkpoint(cache), float(sum(p.double().sum() for p in self.vae.parameters()))
+        saved, weights = load_checkpoint(cache), sum(p.detach().double().sum().item() for p in self.vae.parameters())
         if (
             saved is not None
             and (saved["seed"], saved["vae"]) == (self.seed, weights)
@@ -195,6 +195,7 @@ def train(
     batch_size: int = 64,
     learning_rate: float = 1.5e-3,
     read_weight: float = 0.15,
+    object_weight: float = 2.5,
     pool: int = 20000,
     grow: int = 0,
     seed: int = 0,
@@ -207,6 +208,8 @@ def train(
     """Trains on the VAE, tokenizer and text encoder in `parts`; checkpoints to `output/denoiser.pt`; run again to resume.
 
     Args:
+        read_weight: weight of the reader's cross-entropy.
+        object_weight: weight of tokens under an object, whose shape is what is hard; the background has weight 1.
         pool: scenes whose latents are computed before the first step.
         grow: further scenes per 100 steps.
         sample_every: steps between sample grids; 0 for none.
@@ -258,7 +261,10 @@ def train(
             out = encoder(tokenize(tokenizer, texts).to(where), output_hidden_states=True)
             embeds = F.pad(out.hidden_states[-2].repeat(1, 1, 2), (0, 0, 0, 1))
             velocity, states = forward(noisy, embeds, out.text_embeds.repeat(1, 2), times, bias.to(where))
-            flow = (velocity.float() - (noise - latents)).pow(2).mean()
+            flow = (velocity.float() - (noise - latents)).pow(2).mean(1)
+            inside = (truth[..., 0] < len(NOUNS)).view(batch_size, 1, CELLS, CELLS).float()
+            weight = 1 + (object_weight - 1) * F.interpolate(inside, scale_factor=2)[:, 0]
+            flow = (flow * weight).sum() / weight.sum()
             reading = reader.loss(states, truth).mean()
         (flow + read_weight * reading).backward()
         torch.nn.utils.clip_grad_norm_([*model.parameters(), *encoder.parameters()], 1.0)

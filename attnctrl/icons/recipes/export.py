@@ -32,7 +32,7 @@ def silent_t5(width: int) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
 
 
 def export(output: Path, to: Path) -> None:
-    """Writes the `StableDiffusion3Pipeline` of a run in half precision, safetensors, loadable by `from_pretrained`."""
+    """Writes the `StableDiffusion3Pipeline` of a run as safetensors: denoiser and VAE in half precision, text encoders in single."""
     state = load_checkpoint(output / "denoiser.pt")
     missing = [name for name in ("vae", "tokenizer", "text_encoder") if not (output / name).is_dir()]
     if state is None or missing:
@@ -47,6 +47,10 @@ def export(output: Path, to: Path) -> None:
     pipeline = assemble(vae, tokenizer, encoder, model)
     third, nothing = silent_t5(model.config.joint_attention_dim)
     pipeline.register_modules(text_encoder_3=third, tokenizer_3=nothing)
-    pipeline.to(torch.float16).save_pretrained(to, safe_serialization=True)
+    # diffusers loads half-precision files as float32 unless told otherwise, transformers loads them as they are: with the text
+    # encoders in half precision a plain `from_pretrained` would mix the two
+    pipeline.transformer.half()
+    pipeline.vae.half()
+    pipeline.save_pretrained(to, safe_serialization=True)
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file()) / 1e6
     print(f"{to}: {size:.1f} MB after {state['step']} steps")

@@ -100,8 +100,14 @@ def train(
     device: str | None = None,
     compile: bool = True,
     save_every: int = 250,
+    final_scenes: int = 512,
 ) -> None:
-    """Trains, checkpoints to `output/vae.pt` and saves the finished model to `output/vae`. Run again to resume."""
+    """Trains, checkpoints to `output/vae.pt` and saves the finished model to `output/vae`. Run again to resume.
+
+    Args:
+        crop_steps: steps on 64-pixel crops, before the whole pictures.
+        final_scenes: scenes that the latents' mean and deviation are taken from at the end.
+    """
     output.mkdir(parents=True, exist_ok=True)
     where = pick_device(device)
     torch.manual_seed(seed)
@@ -148,14 +154,15 @@ def train(
                 output / "vae.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             )
             sample_grid(model, output / f"vae-{step + 1:05d}.png")
-    finish(model, output)
+    finish(model, output, final_scenes)
 
 
-def finish(model: AutoencoderKL, output: Path) -> None:
+def finish(model: AutoencoderKL, output: Path, scenes: int = 512) -> None:
+    """Folds the normalisation into the model, tells its quality and saves it."""
     model = model.eval().to("cpu")
-    before = psnr(model)
-    normalise_latents(model)
+    before = psnr(model, scenes // 4)
+    normalise_latents(model, scenes)
     print(
-        f"vae: {before:.2f} dB, {psnr(model):.2f} dB after folding, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+        f"vae: {before:.2f} dB, {psnr(model, scenes // 4):.2f} dB after folding, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
     )
     model.save_pretrained(output / "vae", safe_serialization=True)
