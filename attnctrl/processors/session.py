@@ -203,11 +203,13 @@ class Session:
         return False
 
     def _cond_rows(self, bound: dict, batch: int) -> tuple[int, ...]:
-        split = (
-            self.pipeline is not None
-            and self.family.cfg == "batched"
-            and bool(self.pipeline.do_classifier_free_guidance)
-        )
+        split = self.pipeline is not None and self.family.cfg == "batched"
+        if split and not hasattr(self.pipeline, "do_classifier_free_guidance"):
+            raise AttnCtrlError(
+                f"{type(self.pipeline).__name__} does not tell whether it guides with CFG (do_classifier_free_guidance), so the "
+                "conditional rows cannot be told apart\nHINT: attach to its denoiser alone to control every row"
+            )
+        split = split and bool(self.pipeline.do_classifier_free_guidance)
         if not split or bound.get("skip_layers") is not None:
             return tuple(range(batch))
         if batch % 2:
