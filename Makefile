@@ -14,7 +14,7 @@ SETUP_FILES := pyproject.toml constraints.txt
 DEMO_ARGS ?= "a red cat and a blue car" \
 	--region "a red cat@0,0,0.5,1" --region "a blue car@0.5,0,1,1" \
 	--model builtin:icons-t2i --seed 0 --steps 24 --num-images 4 --batch-size 4 \
-	--max-sequence-length 1 --region-stop 0.3 --compare --name demo --output outputs
+	--max-sequence-length 1 --compare --name demo --output outputs
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test style quality docs clean
