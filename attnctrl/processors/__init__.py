@@ -1,7 +1,7 @@
 """How controls enter a model."""
 
 from .diffusers import ControlledAttnProcessor
-from .session import Session, attach, detached
+from .session import Session, attach
 
 
-__all__ = ["ControlledAttnProcessor", "Session", "attach", "detached"]
+__all__ = ["ControlledAttnProcessor", "Session", "attach"]

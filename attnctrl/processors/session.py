@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +34,6 @@ class _Pass:
     lengths: dict[str, int]
     grid: tuple[int, int]
     regions: tuple[int, ...]
-    perturbed: bool = False
     seen: set[str] = field(default_factory=set)
 
 
@@ -175,9 +172,7 @@ class Session:
             prediction = _sample(output)
             delta = 0
             for control in guides:
-                weak = self._run(
-                    few, bound, (*shapers, control), tuple(range(len(cond))), len(cond), regions, perturbed=True
-                )
+                weak = self._run(few, bound, (*shapers, control), tuple(range(len(cond))), len(cond), regions)
                 delta = delta + guidance_delta(prediction[rows], _sample(weak), scales[control])
                 self.calls["perturbed passes"] += 1
             output = _replace(output, add_to_all(prediction, delta))
@@ -232,6 +227,12 @@ class Session:
             else:
                 index = begin
         count = max(1, len(scheduler.timesteps) - begin)
+        for control in self._strengths:
+            if control.schedule.covers(count) == 0:
+                window = f"{control.schedule.start:g}-{control.schedule.stop:g}"
+                raise AttnCtrlError(
+                    f"{control.name}: the window {window} holds none of the {count} steps\nHINT: step i has the fraction i/{count}"
+                )
         sigmas = getattr(scheduler, "sigmas", None)
         sigma = float(sigmas[index]) if sigmas is not None and index < len(sigmas) else None
         return (index - begin) / count, sigma
@@ -264,7 +265,7 @@ class Session:
         with torch.no_grad():
             return self.family.encode(self.pipeline, [region.prompt], text.shape[1], text.device)
 
-    def _run(self, call, bound, active, cond, batch, regions, perturbed=False):
+    def _run(self, call, bound, active, cond, batch, regions):
         """One pass of the denoiser with controls in force on the conditional rows."""
         # some models take entries out of the dictionaries they are given, and there may be another pass
         call = {name: dict(value) if isinstance(value, dict) else value for name, value in call.items()}
@@ -278,7 +279,7 @@ class Session:
             else (1, bound[self.family.image].shape[1])
         )
         lengths["image"] = grid[0] * grid[1]
-        self._pass = _Pass(active, cond, batch, lengths, grid, regions, perturbed)
+        self._pass = _Pass(active, cond, batch, lengths, grid, regions)
         try:
             with record_kernels() as used:
                 output = self._inner(**call)
@@ -368,16 +369,6 @@ def attach(target: Any, *controls: Control) -> Session:
         AttnCtrlError: unknown family, layer or head, no match, or two controls that exclude each other.
     """
     return Session(target, *controls).attach()
-
-
-@contextmanager
-def detached(session: Session) -> Iterator[None]:
-    """Takes a session's controls off for a while."""
-    session.detach()
-    try:
-        yield
-    finally:
-        session.attach()
 
 
 def _sample(output) -> torch.Tensor:

@@ -147,6 +147,15 @@ def test_neutral_pipeline_is_bit_identical(neutral):
         assert torch.equal(pipe(**inputs).images, before)
 
 
+def test_a_window_without_a_step_is_loud():
+    pipe, inputs = sd3_pipe(), sd3_inputs()
+    with (
+        ac.attach(pipe, ac.SoftPAG(**CONTROL, start=0.01, stop=0.2)),
+        pytest.raises(ac.AttnCtrlError, match="none of the 4 steps"),
+    ):
+        pipe(**inputs)
+
+
 def flux_call(inputs: dict, latents: torch.Tensor, t: torch.Tensor, prefix: str, guidance) -> dict:
     y, x = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
     return {
