@@ -88,13 +88,15 @@ class Region:
             return _overlap(y0, y1, rows)[:, None] * _overlap(x0, x1, columns)[None, :]
         return F.adaptive_avg_pool2d(self._pixels[None, None], grid)[0, 0]
 
-    def tokens(self, grid: tuple[int, int]) -> torch.Tensor:
-        """The region's tokens, (rows * columns,) bool. Raises when it covers none."""
-        covered = self.coverage(grid).flatten()
+    def tokens(self, grid: tuple[int, ...]) -> torch.Tensor:
+        """The region's tokens, (rows * columns,) bool, or (frames * rows * columns,) on the grid of a video: the same place in every
+        frame. Raises when it covers none."""
+        *frames, rows, columns = grid
+        covered = self.coverage((rows, columns)).flatten().repeat(*frames or (1,))
         inside = covered > 1e-6 if self.downsample == "max" else covered >= 0.5 - 1e-6
         if not inside.any():
             raise AttnCtrlError(
-                f"region {self.prompt!r} covers no token of the {grid[0]} x {grid[1]} grid\n"
+                f"region {self.prompt!r} covers no token of the {rows} x {columns} grid\n"
                 "HINT: enlarge it, or use Region(…, downsample='max') to take every token that it touches"
             )
         return inside

@@ -25,14 +25,30 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Block:
+    """One transformer block: its path, its layer number, and the token streams that go in and come out.
+
+    `takes` maps streams to arguments of the block's `forward`, `gives` lists the streams that it returns, in order. A block of a
+    model that concatenates text and image before it takes and gives the stream "sequence".
+    """
+
+    path: str
+    layer: int
+    takes: tuple[tuple[str, str], ...]
+    gives: tuple[str, ...]
+    streams: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Tokens:
-    """The tokens of one call at one site: named streams in order, (name, start, stop), and the grid (rows, columns) of the image.
+    """The tokens of one call at one site: named streams in order, (name, start, stop), and the grid of the image: (rows, columns),
+    or (frames, rows, columns) for video.
 
     Streams: "image", "text" and, when a control appended prompts, "region:0", "region:1", …
     """
 
     streams: tuple[tuple[str, int, int], ...]
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
 
     @property
     def length(self) -> int:
@@ -43,7 +59,7 @@ class Tokens:
 
 
 def lay_out(
-    streams: tuple[str, ...], lengths: dict[str, int], grid: tuple[int, int], regions: tuple[int, ...] = ()
+    streams: tuple[str, ...], lengths: dict[str, int], grid: tuple[int, ...], regions: tuple[int, ...] = ()
 ) -> Tokens:
     """Places the streams of a site. Region prompts stand before the base prompt, so that base and image stay neighbours where
     the text comes first, and behind it where the image comes first."""

@@ -5,12 +5,44 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import AttnCtrlError
+from .auraflow import AURAFLOW
+from .cogview import COGVIDEOX, COGVIEW4
 from .family import Family, Stack
-from .flux import FLUX
+from .flux import CHROMA, FLUX, FLUX2
+from .hidream import HIDREAM
+from .hunyuan import HUNYUAN_IMAGE, HUNYUAN_VIDEO
+from .ltx import LTX
+from .lumina2 import LUMINA2
+from .mochi import MOCHI
+from .pixart import PIXART, SANA
+from .qwen_image import QWEN_IMAGE
 from .sd3 import SD3
+from .unet import UNET
+from .wan import WAN
+from .z_image import Z_IMAGE
 
 
-FAMILIES = (SD3, FLUX)
+FAMILIES = (
+    SD3,
+    FLUX,
+    FLUX2,
+    CHROMA,
+    UNET,
+    PIXART,
+    SANA,
+    QWEN_IMAGE,
+    Z_IMAGE,
+    LUMINA2,
+    HUNYUAN_IMAGE,
+    COGVIEW4,
+    AURAFLOW,
+    HIDREAM,
+    WAN,
+    HUNYUAN_VIDEO,
+    LTX,
+    COGVIDEOX,
+    MOCHI,
+)
 __all__ = ["FAMILIES", "FLUX", "SD3", "Family", "Stack", "find_denoiser", "find_family"]
 
 

@@ -1,23 +1,15 @@
-"""FLUX.1: text first, packed image tokens with rotary positions, text ids all zero; guidance is distilled into the model,
-true classifier-free guidance runs as two calls a step, the conditional one first. Double blocks are layers 0…, single blocks follow."""
+"""FLUX.1, FLUX.2 and Chroma: text first, packed image tokens with rotary positions. Double blocks are layers 0…, single blocks
+follow. Two calls a step where there is classifier-free guidance, the conditional one first.
+
+FLUX.1 and FLUX.2-dev have guidance distilled into the model. Text ids are all zero in FLUX.1 and Chroma; FLUX.2 numbers its text
+tokens. The single blocks of FLUX.1 join text and image inside and part them again, those of FLUX.2 and Chroma run on the joined
+sequence. Chroma's pipeline masks padded text in every layer.
+"""
 
 from __future__ import annotations
 
-from ..errors import AttnCtrlError
 from .family import Family, Stack
-
-
-def _grid(bound, model):
-    ids = bound["img_ids"]
-    ids = ids[0] if ids.ndim == 3 else ids
-    if bool((ids[:, 0] != 0).any()):
-        raise AttnCtrlError(
-            "this call carries reference images (FLUX.1 Kontext), whose tokens regions cannot place yet"
-        )
-    rows, columns = int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1
-    if rows * columns != ids.shape[0]:
-        raise AttnCtrlError(f"image ids span {rows} x {columns} tokens but there are {ids.shape[0]}")
-    return rows, columns
+from .grids import of_ids
 
 
 def _encode(pipeline, prompts, length, device):
@@ -25,19 +17,61 @@ def _encode(pipeline, prompts, length, device):
     return embeds
 
 
+def _encode_flux2(pipeline, prompts, length, device):
+    embeds, _ = pipeline.encode_prompt(prompt=prompts, device=device, max_sequence_length=length)
+    return embeds
+
+
+_STREAMS = ("text", "image")
+_DOUBLE = Stack("transformer_blocks", "attn", "joint", _STREAMS, gives=_STREAMS)
+_JOINED = Stack(
+    "single_transformer_blocks",
+    "attn",
+    "joint",
+    _STREAMS,
+    takes=(("sequence", "hidden_states"),),
+    gives=("sequence",),
+)
+
 FLUX = Family(
     name="flux",
     denoiser="FluxTransformer2DModel",
     component="transformer",
-    stacks=(
-        Stack("transformer_blocks", "attn", "joint", ("text", "image")),
-        Stack("single_transformer_blocks", "attn", "joint", ("text", "image")),
-    ),
+    stacks=(_DOUBLE, Stack("single_transformer_blocks", "attn", "joint", _STREAMS, gives=_STREAMS)),
     image="hidden_states",
     text="encoder_hidden_states",
     cfg="separate",
-    grid=_grid,
+    grid=of_ids,
     encode=_encode,
     text_ids="txt_ids",
     unbatched=("img_ids", "txt_ids"),
+)
+
+FLUX2 = Family(
+    name="flux2",
+    denoiser="Flux2Transformer2DModel",
+    component="transformer",
+    stacks=(_DOUBLE, _JOINED),
+    image="hidden_states",
+    text="encoder_hidden_states",
+    cfg="separate",
+    grid=of_ids,
+    encode=_encode_flux2,
+    text_ids="txt_ids",
+    unbatched=("img_ids", "txt_ids"),
+    refuses=(("RegionalPrompts", "FLUX.2 numbers its text tokens, and appended prompts have no numbers yet"),),
+)
+
+CHROMA = Family(
+    name="chroma",
+    denoiser="ChromaTransformer2DModel",
+    component="transformer",
+    stacks=(_DOUBLE, _JOINED),
+    image="hidden_states",
+    text="encoder_hidden_states",
+    cfg="separate",
+    grid=of_ids,
+    text_ids="txt_ids",
+    unbatched=("img_ids", "txt_ids"),
+    refuses=(("RegionalPrompts", "Chroma masks its text, and appended prompts are not in its attention_mask"),),
 )

@@ -1,17 +1,13 @@
 """Stable Diffusion 3 and 3.5: image tokens first, text states without positions, [uncond, cond] in one batch.
 
-SD3.5-medium has a second, image-only attention (`attn2`) in its first blocks; no layer number selects it, its path does.
+SD3.5-medium has a second, image-only attention (`attn2`) in its first blocks; no layer number selects it, its path does. The last
+block returns no text.
 """
 
 from __future__ import annotations
 
 from .family import Family, Stack
-
-
-def _grid(bound, model):
-    height, width = bound["hidden_states"].shape[-2:]
-    patch = model.config.patch_size
-    return height // patch, width // patch
+from .grids import of_patches
 
 
 def _encode(pipeline, prompts, length, device):
@@ -27,17 +23,19 @@ def _encode(pipeline, prompts, length, device):
     return embeds[:, :length]
 
 
+_GIVES = ("text", "image")
+
 SD3 = Family(
     name="sd3",
     denoiser="SD3Transformer2DModel",
     component="transformer",
     stacks=(
-        Stack("transformer_blocks", "attn", "joint", ("image", "text")),
-        Stack("transformer_blocks", "attn2", "self", ("image",), primary=False),
+        Stack("transformer_blocks", "attn", "joint", ("image", "text"), gives=_GIVES),
+        Stack("transformer_blocks", "attn2", "self", ("image",), primary=False, gives=_GIVES),
     ),
     image="hidden_states",
     text="encoder_hidden_states",
     cfg="batched",
-    grid=_grid,
+    grid=of_patches,
     encode=_encode,
 )
