@@ -18,26 +18,40 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "AttnCtrlError": "errors",
     "Control": "controls",
+    "HeadBatch": "heads",
+    "HeadScale": "controls",
     "HeadSet": "heads",
+    "NormalizedAttention": "controls",
     "Region": "regions",
     "RegionalPrompts": "controls",
     "Schedule": "schedule",
     "Session": "processors",
+    "SkipLayers": "controls",
+    "SmoothedEnergy": "controls",
     "SoftPAG": "controls",
+    "TokenPerturbation": "controls",
     "attach": "processors",
+    "hunt_heads": "search",
 }
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from .controls import Control as Control
+    from .controls import HeadScale as HeadScale
+    from .controls import NormalizedAttention as NormalizedAttention
     from .controls import RegionalPrompts as RegionalPrompts
+    from .controls import SkipLayers as SkipLayers
+    from .controls import SmoothedEnergy as SmoothedEnergy
     from .controls import SoftPAG as SoftPAG
+    from .controls import TokenPerturbation as TokenPerturbation
     from .errors import AttnCtrlError as AttnCtrlError
+    from .heads import HeadBatch as HeadBatch
     from .heads import HeadSet as HeadSet
     from .processors import Session as Session
     from .processors import attach as attach
     from .regions import Region as Region
     from .schedule import Schedule as Schedule
+    from .search import hunt_heads as hunt_heads
 
 
 def __getattr__(name: str):

@@ -1,11 +1,16 @@
 import json
+import re
+import threading
+from base64 import b64decode
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
 import pytest
 import torch
 
 from attnctrl.errors import AttnCtrlError
 from attnctrl.families import SD3
-from attnctrl.heads import HeadSet
+from attnctrl.heads import HeadBatch, HeadSet
 
 from .models import tiny_sd3
 
@@ -81,3 +86,136 @@ def test_resolve_lists_every_mistake_and_what_exists():
         HeadSet.parse("7.0,1.9,1.1").resolve(SD3.sites(tiny_sd3()))
     message = str(error.value)
     assert "layer 7" in message and "head 9 of layer 1" in message and "layers 0 to 2 with 4 heads" in message
+
+
+def test_folders(tmp_path):
+    heads = HeadSet(
+        ((3, 5, 1.0), (4, 2, 0.5)),
+        family="sd3",
+        base_model="owner/base",
+        objective="icons",
+        provenance={"scores": [0.25]},
+    )
+    assert heads.save_pretrained(tmp_path / "mine") == tmp_path / "mine"
+    for read in (HeadSet.from_pretrained, HeadSet.parse):
+        assert read(tmp_path / "mine") == read(str(tmp_path / "mine" / "head_set.json")) == heads
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "base_model: owner/base\n" in card and "`3.5,4.2:0.5`" in card and "chosen for `icons`" in card
+    (tmp_path / "mine" / "README.md").write_text("my words")
+    heads.save_pretrained(tmp_path / "mine")
+    assert (tmp_path / "mine" / "README.md").read_text() == "my words"
+    assert "base_model" not in HeadSet(WANTED, base_model="builtin:icons-t2i")._card("x")
+    with pytest.raises(AttnCtrlError, match="holds no head_set.json"):
+        HeadSet.from_pretrained(tmp_path)
+    with pytest.raises(AttnCtrlError, match="no hub id"):
+        HeadSet.from_pretrained(tmp_path / "nowhere" / "at" / "all")
+    (tmp_path / "lines").write_text("3,5\n4,2\n")
+    assert HeadSet.from_pretrained(tmp_path / "lines").heads == WANTED
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as one small file needs: repositories, resolve, preupload, commit."""
+
+    protocol_version = "HTTP/1.1"
+    files: dict = {}
+    commit = "0" * 40
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def answer(self, content: bytes | dict, status: int = 200, **headers: str) -> None:
+        content = json.dumps(content).encode() if isinstance(content, dict) else content
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def do_GET(self) -> None:
+        found = re.fullmatch(r"/(\w+/\w+)/resolve/(\w+)/(.+)", self.path.split("?")[0])
+        content = self.files.get((found[1], found[3])) if found else None
+        if content is None:
+            return self.answer(b"", 404, X_Error_Code="EntryNotFound")
+        return self.answer(content, ETag=f'"{hash(content):x}"', X_Repo_Commit=self.commit)
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            body = b""
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        else:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        where = f"http://{self.headers['Host']}"
+        if self.path == "/api/repos/create":
+            return self.answer({"url": f"{where}/{json.loads(body)['organization']}/{json.loads(body)['name']}"})
+        if self.path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        repo, action = re.fullmatch(r"/api/models/(\w+/\w+)/(\w+)/\w+", self.path.split("?")[0]).groups()
+        if action == "preupload":
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            return self.answer({"files": files})
+        Hub.commit = f"{int(self.commit, 16) + 1:040x}"
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                self.files[repo, line["value"]["path"]] = b64decode(line["value"]["content"])
+        return self.answer({"commitUrl": f"{where}/{repo}/commit/{self.commit}", "commitOid": self.commit})
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub on this machine; its files by (repository, path)."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    where = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", where)
+    template = where + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(Hub, "files", {})
+    yield Hub.files
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_hub(hub, tmp_path):
+    heads = HeadSet(
+        ((3, 5, 1.0), (4, 2, 0.5)), family="sd3", objective="icons", provenance={"versions": {"torch": "2"}}
+    )
+    assert "/me/mine/commit/" in heads.push_to_hub("me/mine", token="none")
+    assert 'from_pretrained("me/mine")' in hub["me/mine", "README.md"].decode()
+    assert HeadSet.from_pretrained("me/mine", cache_dir=tmp_path) == heads
+    hub["me/mine", "README.md"] = b"my words"
+    HeadSet(WANTED).push_to_hub("me/mine", token="none")
+    assert hub["me/mine", "README.md"] == b"my words"
+    assert HeadSet.from_pretrained("me/mine", cache_dir=tmp_path).heads == WANTED
+    with pytest.raises(AttnCtrlError, match="'me/other' cannot be read from the hub"):
+        HeadSet.from_pretrained("me/other", cache_dir=tmp_path)
+    with pytest.raises(AttnCtrlError, match="cannot be pushed to 'no name'"):
+        heads.push_to_hub("no name", token="none")
+
+
+def test_a_batch_of_sets():
+    sites = SD3.sites(tiny_sd3())
+    batch = HeadBatch(["0.1", None, "0.1:0.5,2.3"])
+    weights = batch.resolve(sites)
+    assert len(batch) == 3 and str(batch) == "0.1 | none | 0.1:0.5,2.3"
+    assert list(weights) == ["transformer_blocks.0.attn", "transformer_blocks.2.attn"]
+    assert weights["transformer_blocks.0.attn"].tolist() == [[0, 1, 0, 0], [0, 0, 0, 0], [0, 0.5, 0, 0]]
+    assert weights["transformer_blocks.2.attn"].tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
+    assert HeadBatch([HeadSet(WANTED, family="sd3"), None]).family == "sd3" and batch.family is None
+
+
+def test_refused_batches():
+    with pytest.raises(AttnCtrlError, match="without images"):
+        HeadBatch([])
+    with pytest.raises(AttnCtrlError, match="several families: flux, sd3"):
+        HeadBatch([HeadSet(WANTED, family="sd3"), HeadSet(WANTED, family="flux")])
+    with pytest.raises(AttnCtrlError, match="layers 0 to 2 with 4 heads"):
+        HeadBatch(["0.1", "7.0"]).resolve(SD3.sites(tiny_sd3()))

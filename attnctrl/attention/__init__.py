@@ -5,7 +5,7 @@ from attnctrl.attention.engine import group_attend, group_masses, run, run_rows
 from attnctrl.attention.groups import Tokens, as_tokens, signatures, union
 from attnctrl.attention.kernels import KERNEL_LOG, Call, available_kernels, reasons, record_kernels
 from attnctrl.attention.oracle import dense
-from attnctrl.attention.plan import KeyGroup, Lerp, Plan, Segment
+from attnctrl.attention.plan import KeyGroup, Lerp, NegativeText, Plan, Segment, with_mask
 
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Call",
     "KeyGroup",
     "Lerp",
+    "NegativeText",
     "Plan",
     "Segment",
     "Tokens",
@@ -29,4 +30,5 @@ __all__ = [
     "run_rows",
     "signatures",
     "union",
+    "with_mask",
 ]

@@ -7,16 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnctrl.attention.dispatch import attend, merge
 from attnctrl.attention.groups import Tokens, take
+from attnctrl.attention.kernels import count_kernel
 from attnctrl.attention.program import Block, Bundle
+from attnctrl.errors import AttnCtrlError
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What every step of one call shares. q (B, H, n_q, D), k and v (B, H_kv, n_k, D)."""
+    """What every step of one call shares. q (B, H, n_q, D), k and v (B, H_kv, n_k, D), mask (B|1, H|1, 1|n_q, n_k) as the
+    model passes it, key_bias (B|1, H|1, n_k) what it adds to the keys' logits.
+    """
 
     q: Tensor
     k: Tensor
@@ -24,17 +29,25 @@ class Inputs:
     scale: float | None
     causal: bool
     kernel: str | None
-    picked: tuple[int, ...] | None = None  # q, k, v are these heads only; biases still have all
+    picked: tuple[int, ...] | None = None  # q, k, v are these heads only; biases and masks still have all
+    mask: Tensor | None = None
+    key_bias: Tensor | None = None
 
     def rows(self, tokens: Tokens) -> Inputs:
-        """Only these batch rows."""
+        """Only these batch rows; a key bias comes after."""
         q, k, v = (take(x, tokens, 0) for x in (self.q, self.k, self.v))
-        return replace(self, q=q, k=k, v=v)
+        mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else take(self.mask, tokens, 0)
+        return replace(self, q=q, k=k, v=v, mask=mask)
 
     def heads(self, names: Sequence[int]) -> Inputs:
         """Only these query heads, each with its own key head."""
         q = heads_of(self.q, names)
         return replace(self, q=q, k=self._of_keys(self.k, names), v=self._of_keys(self.v, names), picked=tuple(names))
+
+    @property
+    def picked_mask(self) -> Tensor | None:
+        """The mask of these heads."""
+        return _of_heads(self.mask, self.picked)
 
     def v_of_heads(self, names: Sequence[int]) -> Tensor:
         """v (B, h, n_k, D_v) of these query heads."""
@@ -57,6 +70,34 @@ def heads_of(x: Tensor, names: Sequence[int]) -> Tensor:
         return x
     parts = [x.narrow(1, a, b - a) for a, b in pieces]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def plain(inputs: Inputs) -> Tensor:
+    """The call that the model would have made."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    n_q, n_k = q.shape[2], k.shape[2]
+    mask = inputs.picked_mask
+    causal = inputs.causal and n_q > 1
+    own = inputs.kernel is None and not (causal and (n_q != n_k or mask is not None))
+    if not own:
+        if mask is not None and inputs.key_bias is None:
+            raise AttnCtrlError("a mask of token pairs goes neither with causal attention nor with a kernel by name")
+        bias = _of_heads(inputs.key_bias, inputs.picked)
+        named = {"scale": inputs.scale, "causal": inputs.causal, "kernel": inputs.kernel, "key_bias": bias}
+        return attend(q, k, v, need_lse=False, **named)[0]
+    count_kernel("sdpa")
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=inputs.scale, is_causal=causal, enable_gqa=grouped
+    )
+
+
+def empty_out(inputs: Inputs) -> Tensor:
+    """(B, H, n_q, D_v), laid out (B, n_q, H, D_v) as the output projection wants it."""
+    (batch, heads, n_q, _), dim = inputs.q.shape, inputs.v.shape[3]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (inputs.q, inputs.k, inputs.v)):
+        return inputs.q.new_empty(batch, heads, n_q, dim)  # autograd refuses to write to a view after a view of it
+    return inputs.q.new_empty(batch, n_q, heads, dim).transpose(1, 2)
 
 
 def attend_block(
@@ -90,7 +131,7 @@ def _prefers_vector(inputs: Inputs, q: Tensor, bundles: tuple[Bundle, ...]) -> b
 
 def _attend_bundle(inputs: Inputs, q: Tensor, bundle: Bundle, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     k, v = take(inputs.k, bundle.keys), take(inputs.v, bundle.keys)
-    bias = _of_heads(bundle.key_bias(q.device, exact(q)), inputs.picked)
+    bias = key_bias(inputs, bundle)
     shared = {"scale": inputs.scale, "need_lse": need_lse, "kernel": inputs.kernel}
     if bundle.limits is not None:
         return attend(q, k, v, key_bias=bias, limits=bundle.limits, **shared)
@@ -104,6 +145,15 @@ def _attend_bundle(inputs: Inputs, q: Tensor, bundle: Bundle, need_lse: bool) ->
     if len(parts) == 1:
         return parts[0]
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2) if need_lse else None
+
+
+def key_bias(inputs: Inputs, bundle: Bundle) -> Tensor | None:
+    """What is added to the logits of the bundle's keys, by the plan and by the mask: (1|B, 1|h, n), or None."""
+    bias = _of_heads(bundle.key_bias(inputs.q.device, exact(inputs.q)), inputs.picked)
+    if inputs.key_bias is None:
+        return bias
+    mask = take(_of_heads(inputs.key_bias, inputs.picked).to(inputs.q.device, exact(inputs.q)), bundle.keys)
+    return mask if bias is None else bias + mask
 
 
 def _of_heads(bias: Tensor | None, picked: tuple[int, ...] | None) -> Tensor | None:
@@ -127,10 +177,9 @@ def exact(x: Tensor) -> torch.dtype:
 def dense_bias(inputs: Inputs, block: Block) -> Tensor:
     """The bias of every key as the block sees it, -inf where it does not: (B|1, H|1, n_k)."""
     bundle, n_k, device = block.vector, inputs.k.shape[2], inputs.k.device
-    bias = bundle.key_bias(device, exact(inputs.k))
+    bias = key_bias(inputs, bundle)
     if bias is None:
         bias = torch.zeros(1, 1, bundle.size, device=device, dtype=exact(inputs.k))
-    bias = _of_heads(bias, inputs.picked)
     full = bias.new_full((*bias.shape[:2], n_k), -math.inf)
     if isinstance(bundle.keys, slice):
         take(full, bundle.keys, 2).copy_(bias)

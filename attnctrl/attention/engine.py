@@ -1,6 +1,7 @@
 """Run a plan on q, k, v around fused attention; no path allocates memory that grows with n_q x n_k.
 
     segments     maskless attention of gathered rows over gathered keys, merged by LSE only where key groups differ by bias
+    negative     image rows pushed away from a negative text (``negative.py``)
     lerps        on the chosen heads only, before the output projection (``lerps.py``)
     head scale   last
 
@@ -10,17 +11,18 @@ Everything is (B, H, N, D). A plain plan is exactly torch's ``scaled_dot_product
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from attnctrl.attention.blocks import Inputs, add_weighted, attend_block, exact
+from attnctrl.attention import groups
+from attnctrl.attention.blocks import Inputs, add_weighted, attend_block, empty_out, exact, plain
 from attnctrl.attention.dispatch import attend
 from attnctrl.attention.groups import Tokens, put, take
-from attnctrl.attention.kernels import count_kernel
 from attnctrl.attention.lerps import apply_lerp
-from attnctrl.attention.plan import KeyGroup, Plan
+from attnctrl.attention.negative import attend_negative
+from attnctrl.attention.plan import KeyGroup, Lerp, Plan, as_mask, with_mask
 from attnctrl.attention.program import Program, resolve
 from attnctrl.errors import AttnCtrlError
 
@@ -34,6 +36,7 @@ def run(
     scale: float | None = None,
     causal: bool = False,
     kernel: str | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """One attention call under a plan.
 
@@ -42,11 +45,13 @@ def run(
         plan: not checked here; ``plan.check(n_q, n_k)`` once finds every mistake.
         causal: bottom-right aligned, also for the plain call.
         kernel: a kernel by name, for every call (``kernels.KERNELS``); it runs or raises.
+        mask: what the model itself passes, broadcastable to (B, H, n_q, n_k) with B the whole batch: rows in no plan
+            get exactly the model's call, plans without a mask of their own get it by ``with_mask``.
 
     Returns:
         (B, H, n_q, D_v). It may be a view of v (identity on every head).
     """
-    return run_rows(q, k, v, (plan,), scale=scale, causal=causal, kernel=kernel)
+    return run_rows(q, k, v, (plan,), scale=scale, causal=causal, kernel=kernel, mask=mask)
 
 
 def run_rows(
@@ -58,15 +63,21 @@ def run_rows(
     scale: float | None = None,
     causal: bool = False,
     kernel: str | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """One attention call whose batch rows follow different plans; rows in no plan are plain. Arguments as in ``run``."""
     inputs = Inputs(q, k, v, scale, causal, kernel)
     plans = [plan for plan in plans if not plan.is_plain]
+    if mask is not None:
+        inputs = replace(inputs, mask=as_mask(mask, q.shape[2], k.shape[2]))
+        plans = [plan if plan.mask is not None else _masked(inputs, plan) for plan in plans]
     if len(plans) == 0:
-        return _plain(inputs)
+        return plain(_with_key_bias(inputs))
     if len(plans) == 1 and plans[0].rows is None:
         return _finish(inputs, plans[0], None)
     edited = _rows(plans, q.shape[0])
+    if mask is None and any(plan.mask is not None for plan in plans) and sum(map(len, edited)) < q.shape[0]:
+        raise AttnCtrlError("rows in no plan would lose the mask that the plans have\nHINT: run_rows(..., mask=mask)")
 
     # Rows whose attention is the model's own share one call; so does the untouched rest.
     own = [row for plan, rows in zip(plans, edited, strict=True) if not _shares(inputs, plan) for row in rows]
@@ -74,12 +85,12 @@ def run_rows(
     out = None
     if len(shared):
         tokens = _row_tokens(shared, q.device)
-        common = _plain(inputs.rows(tokens))
-        out = common if len(shared) == q.shape[0] else put(_empty(inputs), tokens, common, 0)
+        common = plain(_with_key_bias(inputs.rows(tokens)))
+        out = common if len(shared) == q.shape[0] else put(empty_out(inputs), tokens, common, 0)
         if out is common and out.requires_grad:
             out = out.clone()
     else:
-        out = _empty(inputs)
+        out = empty_out(inputs)
     for plan, rows in zip(plans, edited, strict=True):
         tokens = _row_tokens(rows, q.device)
         start = take(out, tokens, 0) if _shares(inputs, plan) else None
@@ -134,22 +145,25 @@ def group_masses(
     return mass / total.masked_fill(total == 0, 1.0)
 
 
-def _plain(inputs: Inputs) -> Tensor:
-    """The call that the model would have made."""
-    q, k, v = inputs.q, inputs.k, inputs.v
-    n_q, n_k = q.shape[2], k.shape[2]
-    if inputs.kernel is not None or (inputs.causal and n_q != n_k and n_q > 1):
-        named = {"scale": inputs.scale, "causal": inputs.causal, "kernel": inputs.kernel}
-        return attend(q, k, v, need_lse=False, **named)[0]
-    count_kernel("sdpa")
-    causal = inputs.causal and n_q > 1
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, scale=inputs.scale, is_causal=causal, enable_gqa=grouped)
+def _masked(inputs: Inputs, plan: Plan) -> Plan:
+    mask = inputs.mask
+    if plan.rows is not None and mask.shape[0] > 1:
+        mask = take(mask, _row_tokens(plan.rows, mask.device), 0)
+    return with_mask(plan, mask, inputs.q.shape[2], inputs.k.shape[2])
+
+
+def _with_key_bias(inputs: Inputs) -> Inputs:
+    """For the plain call of rows without a plan: only a kernel by name needs the mask as a bias."""
+    if inputs.mask is None or (inputs.kernel is None and not inputs.causal):
+        return inputs
+    return replace(inputs, key_bias=with_mask(Plan(), inputs.mask, inputs.q.shape[2], inputs.k.shape[2]).key_bias)
 
 
 def _shares(inputs: Inputs, plan: Plan) -> bool:
-    """The plan only edits the output of plain attention."""
-    return len(plan.segments) == 0 and not _v_only(inputs, plan)
+    """The plan only edits the output of plain attention, and needs it."""
+    if len(plan.segments) or plan.negative is not None or (plan.mask is not None and inputs.mask is None):
+        return False
+    return not _v_only(inputs, plan) and _replacing(inputs, plan) is None
 
 
 def _v_only(inputs: Inputs, plan: Plan) -> bool:
@@ -159,20 +173,49 @@ def _v_only(inputs: Inputs, plan: Plan) -> bool:
     return wanted and inputs.q.shape[2] == inputs.k.shape[2] and len(last.heads) == inputs.q.shape[1]
 
 
+def _replacing(inputs: Inputs, plan: Plan) -> Lerp | None:
+    """The first lerp, if nothing of its rows' attention is left after it."""
+    first = next((lerp for lerp in plan.lerps if len(lerp.heads)), None)
+    if first is None or not first.full or len(first.heads) != inputs.q.shape[1]:
+        return None
+    if first.region is None:
+        return first
+    simple = len(plan.segments) == 0 and plan.negative is None and not inputs.causal
+    return first if first.of_queries and simple else None
+
+
 def _finish(inputs: Inputs, plan: Plan, out: Tensor | None) -> Tensor:
     """The plan's rows; ``out`` is their plain attention where it has been computed, and is written to."""
     if _v_only(inputs, plan):
         out = inputs.v_of_heads(range(inputs.q.shape[1]))
         return out if plan.head_scale is None else _scaled(out, plan.head_scale)
+    if plan.mask is not None:
+        inputs = replace(inputs, mask=plan.mask, key_bias=plan.key_bias)
     program = resolve(plan, inputs.q.shape[2], inputs.k.shape[2], inputs.causal, inputs.q.device)
     if out is None:
-        out = _plain(inputs) if program.plain else _segments(inputs, program)
+        replacing = _replacing(inputs, plan)
+        if replacing is not None:
+            out = _all_but(inputs, replacing)
+        elif plan.negative is not None:
+            out = attend_negative(inputs, program, plan.negative)
+        else:
+            out = plain(inputs) if program.plain else _segments(inputs, program)
         if len(plan.lerps) and out.requires_grad:
             out = out.clone()
     for number, lerp in enumerate(plan.lerps):
         if len(lerp.heads):
             out = apply_lerp(inputs, program, number, lerp, out)
     return out if plan.head_scale is None else _scaled(out, plan.head_scale)
+
+
+def _all_but(inputs: Inputs, lerp: Lerp) -> Tensor:
+    """Plain attention of the rows outside the lerp's region; its own rows are left unset."""
+    out, n_q = empty_out(inputs), inputs.q.shape[2]
+    if lerp.region is not None:
+        rest = groups.tokens_of(groups.minus(((0, n_q),), groups.spans(lerp.region, n_q)), inputs.q.device)
+        named = {"scale": inputs.scale, "kernel": inputs.kernel, "key_bias": inputs.key_bias}
+        put(out, rest, attend(take(inputs.q, rest), inputs.k, inputs.v, need_lse=False, **named)[0])
+    return out
 
 
 def _scaled(out: Tensor, head_scale: Tensor) -> Tensor:
@@ -186,23 +229,15 @@ def _segments(inputs: Inputs, program: Program) -> Tensor:
     if len(program.blocks) == 1 and program.blocks[0].every_row and not program.weighted:
         return attend_block(inputs, program.blocks[0], need_lse=False)[0]
     if not program.weighted:
-        out = _empty(inputs)
+        out = empty_out(inputs)
         for block in program.blocks:
             put(out, block.queries, attend_block(inputs, block, need_lse=False)[0])
         return out
-    total = torch.zeros_like(_empty(inputs), dtype=exact(inputs.q))
+    total = torch.zeros_like(empty_out(inputs), dtype=exact(inputs.q))
     for block in program.blocks:
         part = attend_block(inputs, block, need_lse=False)[0]
         add_weighted(total, block.queries, part, block.weight)
     return total.to(inputs.q.dtype)
-
-
-def _empty(inputs: Inputs) -> Tensor:
-    """(B, H, n_q, D_v), laid out (B, n_q, H, D_v) as the output projection wants it."""
-    (batch, heads, n_q, _), dim = inputs.q.shape, inputs.v.shape[3]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (inputs.q, inputs.k, inputs.v)):
-        return inputs.q.new_empty(batch, heads, n_q, dim)  # autograd refuses to write to a view after a view of it
-    return inputs.q.new_empty(batch, n_q, heads, dim).transpose(1, 2)
 
 
 def _rows(plans: Sequence[Plan], batch: int) -> list[tuple[int, ...]]:

@@ -1,26 +1,29 @@
-"""Blend heads toward a target: SoftPAG, SoftUG, SoftSEG and SoftMG without an attention map.
+"""Blend heads toward a target: SoftPAG, SoftUG, SoftSEG, SoftMG and SEG without an attention map.
 
 Ahn, Kang et al., Where and How to Perturb: On the Design of Perturbation Guidance in Diffusion and Flow Models, 2025,
 arXiv 2506.10978. With A the attention of a head and u its strength, (1 - u) A + u T applied to v is
 
     lerp(out, t, u),   t = v (T = 1), the mean of v (T uniform), attn(q̄, k, v) (one row for all), v of the largest logit (one-hot)
 
-so only t is computed, and only for the heads with a strength. See ``plan.Lerp`` for regions. q̄ is the mean of q as
-attention gets it, after norms and rotary embedding.
+so only t is computed, and only for the heads with a strength. SEG takes t = attn(blurred q, k, v), see
+``smoothing.py``. See ``plan.Lerp`` for regions. q̄ and blurred queries are made of q as attention gets it, after norms
+and rotary embedding.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from attnctrl.attention import groups
-from attnctrl.attention.blocks import Inputs, add_weighted, attend_block, dense_bias, exact
+from attnctrl.attention.blocks import Inputs, add_weighted, attend_block, dense_bias, exact, plain
 from attnctrl.attention.groups import Tokens, take
-from attnctrl.attention.plan import Lerp
+from attnctrl.attention.plan import Lerp, additive
 from attnctrl.attention.program import Block, Program, Region
+from attnctrl.attention.smoothing import blur
 from attnctrl.attention.tiled import tiled_argmax
 from attnctrl.errors import AttnCtrlError
 
@@ -32,7 +35,7 @@ def apply_lerp(inputs: Inputs, program: Program, number: int, lerp: Lerp, out: T
     first.
     """
     n_q, n_k = inputs.q.shape[2], inputs.k.shape[2]
-    if n_q != n_k and (lerp.target == "identity" or (lerp.region is not None and lerp.target != "mean_query")):
+    if n_q != n_k and (lerp.target == "identity" or (lerp.region is not None and not lerp.of_queries)):
         raise AttnCtrlError(f"a lerp to {lerp.target} needs as many queries as keys, got {n_q} and {n_k}")
     rows: Tokens = slice(0, n_q)
     if lerp.region is not None:
@@ -42,28 +45,35 @@ def apply_lerp(inputs: Inputs, program: Program, number: int, lerp: Lerp, out: T
     strength = (strength[None] if strength.ndim == 1 else strength)[..., None, None]
     if lerp.target == "identity" and lerp.region is None:
         for a, b in runs:
-            _blend(out[:, a:b], rows, inputs.v_of_heads(range(a, b)), strength[:, a:b], lerp.everywhere)
+            _blend(out[:, a:b], rows, inputs.v_of_heads(range(a, b)), strength[:, a:b], lerp)
         return out
     some = inputs.heads(lerp.heads)
-    if lerp.region is None:
+    if some.mask is not None and some.key_bias is None:
+        target = _masked_target(some, lerp)
+    elif lerp.region is None:
         target = _target(some, program, lerp)
     else:
         target = _region_target(some, program, number, lerp, rows)
     at = 0
     for a, b in runs:
-        _blend(out[:, a:b], rows, target[:, at : at + b - a], strength[:, a:b], lerp.everywhere)
+        _blend(out[:, a:b], rows, target[:, at : at + b - a], strength[:, a:b], lerp)
         at += b - a
     return out
 
 
-def _blend(out: Tensor, rows: Tokens, target: Tensor, strength: Tensor, everywhere: bool) -> None:
-    """out[rows] <- lerp(out[rows], target, strength), in place; bit-exact where the strength is 0."""
+def _blend(out: Tensor, rows: Tokens, target: Tensor, strength: Tensor, lerp: Lerp) -> None:
+    """out[rows] <- lerp(out[rows], target, strength), in place; bit-exact where the strength is 0, and at 1 what stood
+    there does not matter.
+    """
     part = take(out, rows)
-    if everywhere and isinstance(rows, slice) and not (out.requires_grad or target.requires_grad):
+    if lerp.full:
+        groups.put(out, rows, target.to(part.dtype).expand_as(part))
+        return
+    if lerp.everywhere and isinstance(rows, slice) and not (out.requires_grad or target.requires_grad):
         part.lerp_(target.to(part.dtype).expand_as(part), strength)
         return
     blended = torch.lerp(part, target.to(part.dtype).expand_as(part), strength)
-    if not everywhere:
+    if not lerp.everywhere:
         blended = torch.where(strength == 0, part, blended)
     groups.put(out, rows, blended)
 
@@ -72,34 +82,50 @@ def _target(some: Inputs, program: Program, lerp: Lerp) -> Tensor:
     """The target of every row: (B, h, n_q, D_v), or (B, h, 1, D_v) if it is the same for all; ``some`` are the lerp's
     heads.
     """
-    one_row = program.plain and not some.causal and lerp.target != "argmax"
-    mean = _mean_query(some.q)
-    total = _zeros(some)
+    whole = program.plain and (not some.causal or lerp.target in ("argmax", "smoothed"))
+    mean = _mean_query(some.q) if lerp.target == "mean_query" else None
+    if lerp.target == "smoothed":
+        some = replace(some, q=blur(some.q, lerp.grid, lerp.sigma))
+    total = None if whole else _zeros(some)
     for block in program.blocks:
         target = _block_target(some, block, lerp, mean)
-        if one_row or (program.plain and lerp.target == "argmax"):
+        if whole:
             return target
         add_weighted(total, block.queries, target, block.weight)
     return total
 
 
 def _region_target(some: Inputs, program: Program, number: int, lerp: Lerp, rows: Tokens) -> Tensor:
-    """The target of the region's rows, (B, h, rows, D_v)."""
-    mean = _mean_query(take(some.q, rows))
-    total = _zeros(some)
+    """The target of the region's rows, (B, h, rows, D_v), or (B, h, 1, D_v) if it is the same for all."""
+    mean = _mean_query(take(some.q, rows)) if lerp.target == "mean_query" else None
+    if lerp.target == "smoothed":
+        some = replace(some, q=groups.put(some.q.clone(), rows, blur(take(some.q, rows), lerp.grid, lerp.sigma)))
+    single = len(program.blocks) == 1 and not program.weighted
+    total = None if single else _zeros(some)
     for block in program.blocks:
         region = block.regions[number]
         if region.rows == 0:
             continue
-        if lerp.target == "mean_query":
-            target = _mean_query_target(some, region.whole, mean)
+        if lerp.of_queries:
+            target = _block_target(some, region.whole, lerp, mean)
         else:
             target = _kept_rest(some, region, lerp)
+        if single:
+            return target
         weight = block.weight
         if isinstance(weight, Tensor) and weight.ndim:
             weight = take(weight.to(target.device), region.chosen, 0)
         add_weighted(total, region.queries, target, weight)
-    return take(total, rows)
+    return take(_zeros(some) if total is None else total, rows)
+
+
+def _masked_target(some: Inputs, lerp: Lerp) -> Tensor:
+    """The target of every row under a mask of token pairs, (B, h, n_q, D_v)."""
+    if lerp.target == "uniform":
+        allowed = (additive(some.picked_mask) > -math.inf).to(exact(some.v))
+        return (allowed @ some.v.to(allowed.dtype)) / allowed.sum(-1, keepdim=True).clamp_min(1)
+    q = blur(some.q, lerp.grid, lerp.sigma) if lerp.target == "smoothed" else _mean_query(some.q).expand_as(some.q)
+    return plain(replace(some, q=q))
 
 
 def _zeros(inputs: Inputs) -> Tensor:
@@ -114,9 +140,9 @@ def _mean_query(q: Tensor) -> Tensor:
 def _block_target(some: Inputs, block: Block, lerp: Lerp, mean: Tensor) -> Tensor:
     if lerp.target == "mean_query":
         return _mean_query_target(some, block, mean)
-    if lerp.target == "uniform":
-        return _uniform(some, block)
-    return _argmax(some, block)
+    if lerp.target == "smoothed":
+        return attend_block(some, block, need_lse=False)[0]
+    return _uniform(some, block) if lerp.target == "uniform" else _argmax(some, block)
 
 
 def _mean_query_target(some: Inputs, block: Block, mean: Tensor) -> Tensor:
@@ -131,7 +157,7 @@ def _uniform(some: Inputs, block: Block) -> Tensor:
     v = take(some.v, bundle.keys)
     if bundle.size == 0:
         return v.new_zeros(*v.shape[:2], 1, v.shape[3])
-    bias = dense_bias(some, block) if len(bundle.parts) else None
+    bias = dense_bias(some, block) if len(bundle.parts) or some.key_bias is not None else None
     wide = exact(v)
     if bias is None and not some.causal:
         return v.mean(2, keepdim=True, dtype=wide)
@@ -166,7 +192,7 @@ def _argmax(some: Inputs, block: Block) -> Tensor:
     if bundle.size == 0:
         return v.new_zeros(*q.shape[:3], v.shape[3])
     bias = None
-    if len(bundle.parts):
+    if len(bundle.parts) or some.key_bias is not None:
         bias = take(dense_bias(some, block), bundle.keys).unsqueeze(2)
     limits = _seen(block, q.device) if some.causal else None
     scale = q.shape[-1] ** -0.5 if some.scale is None else some.scale

@@ -4,9 +4,10 @@ This is the only path of the package that allocates N x N, and it shares no arit
 segment s
 
     L_s[i, j]  = bias of key j where the segment holds i and j, else -inf          (materialize)
-    A          = sum_s diag(w_s) softmax(scale q k' + L_s)
-    A         <- (1 - u) A + u T      for every lerp, T explicit                    (dense_lerp)
-    out        = head_scale * A v
+    out        = sum_s diag(w_s) softmax(scale q k' + L_s) v
+    out       <- alpha Z^ + (1 - alpha) Z+   in the image rows of a negative text   (dense_negative)
+    out       <- (1 - u) out + u T v         for every lerp, T explicit             (dense_lerp)
+    out        = head_scale * out
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import math
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnctrl.attention.groups import Tokens
-from attnctrl.attention.plan import KeyGroup, Lerp, Plan, Segment
+from attnctrl.attention.plan import FORBIDS, KeyGroup, Lerp, NegativeText, Plan, Segment
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = None, causal: bool = False) -> Tensor:
@@ -34,11 +36,18 @@ def dense(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = 
     if causal:
         offset = s.shape[-1] - s.shape[-2]
         s = s.masked_fill(~torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril(offset), -math.inf)
+    if plan.mask is not None:
+        if plan.mask.dtype == torch.bool:
+            s = s.masked_fill(~plan.mask, -math.inf)
+        else:
+            s = (s + plan.mask.double()).masked_fill(plan.mask <= FORBIDS, -math.inf)
     weights, biases = materialize(plan, q.shape[0], q.shape[1], s.shape[-2], s.shape[-1], s.device)
-    pattern = sum(w[:, None] * softmax(s + bias) for w, bias in zip(weights, biases, strict=True))
+    out = sum(w[:, None] * (softmax(s + bias) @ v) for w, bias in zip(weights, biases, strict=True))
+    if plan.negative is not None:
+        out = dense_negative(plan.negative, s, v, out)
     for lerp in plan.lerps:
         target = sum(
-            w[:, None] * dense_lerp(lerp, q, k, s + bias, scale, causal)
+            w[:, None] * (dense_lerp(lerp, q, k, s + bias, scale, causal) @ v)
             for w, bias in zip(weights, biases, strict=True)
         )
         u = lerp.strength.double().to(s.device).reshape(-1, q.shape[1], 1, 1)
@@ -48,8 +57,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = 
             u[:, untouched] = 0
         if lerp.region is not None:
             u = u * mask_of(lerp.region, s.shape[-2], s.device).double()[:, None]
-        pattern = (1 - u) * pattern + u * target
-    out = pattern @ v
+        out = (1 - u) * out + u * target
     if plan.head_scale is not None:
         out = out * plan.head_scale.double().to(s.device).reshape(-1, q.shape[1], 1, 1)
     return out
@@ -59,6 +67,10 @@ def materialize(
     plan: Plan, batch: int, heads: int, n_q: int, n_k: int, device: torch.device | str = "cpu"
 ) -> tuple[list[Tensor], list[Tensor]]:
     """For each segment its weights (n_q,) and its log-bias (B, H, n_q, n_k), -inf where a row may not look."""
+    if plan.negative is not None:
+        _, positive, _ = views_of(plan.negative, n_q, n_k, device)
+        bias = torch.zeros(n_q, n_k, dtype=torch.float64, device=device).masked_fill(~positive, -math.inf)
+        return [torch.ones(n_q, dtype=torch.float64, device=device)], [bias.expand(batch, heads, -1, -1)]
     weights, biases = [], []
     for segment in plan.segments or (Segment(slice(0, n_q), (KeyGroup(slice(0, n_k)),)),):
         rows = mask_of(segment.queries, n_q, device)
@@ -79,10 +91,12 @@ def dense_lerp(lerp: Lerp, q: Tensor, k: Tensor, s: Tensor, scale: float | None,
     n_q, n_k = s.shape[-2:]
     allowed = s > -math.inf
     rows = mask_of(slice(0, n_q) if lerp.region is None else lerp.region, n_q, s.device)
-    if lerp.target == "mean_query":
-        mean = q[:, :, rows].mean(2, keepdim=True)
-        logits = (mean @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
-        # s = q k' + bias: the bias is what remains, the mean row takes it over
+    if lerp.of_queries:
+        other = q[:, :, rows].mean(2, keepdim=True) if lerp.target == "mean_query" else q.clone()
+        if lerp.target == "smoothed":
+            other[:, :, rows] = convolved(q[:, :, rows], lerp.grid, lerp.sigma)
+        logits = (other @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        # s = q k' + bias: the bias is what remains, the other queries take it over
         bias = torch.where(
             allowed, s - (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale), 0.0
         )
@@ -101,6 +115,52 @@ def dense_lerp(lerp: Lerp, q: Tensor, k: Tensor, s: Tensor, scale: float | None,
         chosen = one_target(lerp.target, s.masked_fill(~inside, -math.inf))
     rest = softmax(s.masked_fill(inside, -math.inf))
     return mass * chosen + (1 - mass) * rest
+
+
+def convolved(q: Tensor, grid: tuple[int, ...], sigma: float) -> Tensor:
+    """q (B, H, N, D) convolved with a two-dimensional Gaussian over the last two axes of the grid, reflected."""
+    rows, columns = grid[-2:]
+    taps = []
+    for n in (rows, columns):
+        width = math.ceil(6 * sigma)
+        width = min(width if width % 2 else width + 1, n + 1 if n % 2 == 0 else n)
+        x = torch.arange(width, dtype=torch.float64, device=q.device) - width // 2
+        taps.append(torch.exp(-(x**2) / (2 * sigma**2)))
+    kernel = torch.outer(*taps)
+    kernel = kernel / kernel.sum()
+    images = q.unflatten(2, (-1, rows, columns)).movedim(-1, 3).reshape(-1, 1, rows, columns)
+    high, wide = len(taps[0]) // 2, len(taps[1]) // 2
+    out = F.conv2d(F.pad(images, (wide, wide, high, high), mode="reflect"), kernel[None, None])
+    return out.reshape(*q.shape[:2], -1, q.shape[3], rows * columns).transpose(3, 4).flatten(2, 3)
+
+
+def views_of(negative: NegativeText, n_q: int, n_k: int, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
+    """Image rows (n_q,), and who sees whom with the positive and with the negative text in force, (n_q, n_k) bool.
+
+    Rows of the negative text see all but the positive one, whichever text the image follows.
+    """
+    image = mask_of(negative.image, n_q, device)
+    texts = mask_of(negative.positive, n_k, device), mask_of(negative.negative, n_k, device)
+    views = []
+    for other in (1, 0):
+        view = (~texts[other]).expand(n_q, n_k).clone()
+        if n_q == n_k and not image.all():
+            view[texts[0]] = ~texts[1]
+            view[texts[1]] = ~texts[0]
+        views.append(view)
+    return image, *views
+
+
+def dense_negative(negative: NegativeText, s: Tensor, v: Tensor, positive: Tensor) -> Tensor:
+    """Z+ (B, H, n_q, D_v) with its image rows pushed away from Z-; s are the logits."""
+    image, _, against = views_of(negative, *s.shape[-2:], s.device)
+    other = softmax(s.masked_fill(~against, -math.inf)) @ v
+    away = negative.scale * positive - (negative.scale - 1) * other
+    size = (lambda z: z.pow(2).sum((1, 3)).sqrt()) if negative.norm == "l2" else (lambda z: z.abs().sum((1, 3)))
+    ratio = size(away) / size(positive)
+    held = away * (ratio.clamp(max=negative.tau) / ratio)[:, None, :, None].nan_to_num(0.0)
+    out = negative.alpha * held + (1 - negative.alpha) * positive
+    return torch.where(image[:, None], out, positive)
 
 
 def one_target(target: str, s: Tensor) -> Tensor:

@@ -19,11 +19,14 @@ import torch
 from torch import Tensor
 
 from attnctrl.attention.groups import Spans, Tokens, as_tokens, count, join, overlap, spans
+from attnctrl.attention.smoothing import kernel_width
 from attnctrl.errors import AttnCtrlError
 
 
-Target = Literal["identity", "uniform", "mean_query", "argmax"]
+Target = Literal["identity", "uniform", "mean_query", "argmax", "smoothed"]
 Mode = Literal["mask", "mass"]
+Norm = Literal["l2", "l1"]
+FORBIDS = -5e3  # models write "may not attend" as -inf, as the dtype's minimum or as -10000, which bfloat16 rounds
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +80,11 @@ class Lerp:
     | uniform | the mean of v over the keys it may attend to |
     | mean_query | attention of q̄, the mean query of all rows (of the region), over the keys it may attend to |
     | argmax | v of its largest logit |
+    | smoothed | attention of its query blurred over the image ``grid`` with ``sigma`` tokens, over the keys it may attend to |
+
+    For "smoothed" the rows of the region, else of the whole sequence, are the grid: (rows, columns), or
+    (frames, rows, columns) with every frame blurred apart. ``sigma`` infinity is "mean_query"; a sigma whose kernel is
+    one token wide blurs nothing and touches no head.
 
     ``region`` (image tokens of a joint sequence, n_q == n_k) edits only these query rows and perturbs only these keys;
     the attention to the rest R of the keys stays:
@@ -85,6 +93,7 @@ class Lerp:
         identity, mode "mass"      m_i v_i + (1 - m_i) o_i^R,   m_i = the row's mass on the region
         uniform, argmax            m_i t_i + (1 - m_i) o_i^R,   t_i over the region's keys         always by mass; mode is not read
         mean_query                 q̄ over the region's rows, all keys
+        smoothed                   all keys
 
     ``strength`` is (H,) or (B, H), 0 = off, 1 = full; a head with strength 0 is not touched. Which heads are touched
     at all is read from the values at construction, so keep strengths on the CPU (no synchronisation; they are tiny).
@@ -97,6 +106,8 @@ class Lerp:
     region: Tokens | None = None
     mode: Mode = "mask"
     heads: tuple[int, ...] | None = None
+    sigma: float = math.inf
+    grid: tuple[int, ...] | None = None
     full: bool = field(init=False, default=False)  # every head of every row has strength 1, known at construction
     everywhere: bool = field(init=False, default=False)  # no row has strength 0 in these heads, known at construction
 
@@ -109,8 +120,11 @@ class Lerp:
         if not isinstance(self.strength, Tensor) or self.strength.ndim not in (1, 2):
             found = tuple(self.strength.shape) if isinstance(self.strength, Tensor) else repr(self.strength)
             wrong.append(f"strength is a tensor (H,) or (B, H), got {found}")
+        wrong += self._wrong_smoothing()
         if wrong:
             raise AttnCtrlError("; ".join(wrong))
+        if self.target == "smoothed" and self.sigma == math.inf:
+            object.__setattr__(self, "target", "mean_query")
         if self.region is not None:
             object.__setattr__(self, "region", _sorted_tokens(self.region))
         if self.heads is None:
@@ -120,16 +134,102 @@ class Lerp:
             object.__setattr__(self, "full", bool((values == 1).all()) and values.numel() > 0)
         else:
             object.__setattr__(self, "heads", tuple(sorted(set(self.heads))))
+        if self.target == "smoothed" and all(kernel_width(n, self.sigma) == 1 for n in self.grid[-2:]):
+            for name, value in (("heads", ()), ("full", False), ("everywhere", False)):
+                object.__setattr__(self, name, value)
+
+    @property
+    def of_queries(self) -> bool:
+        """The target is attention of other queries: any keys will do, and a region is one of rows."""
+        return self.target in ("mean_query", "smoothed")
+
+    def _wrong_smoothing(self) -> Iterable[str]:
+        if self.target != "smoothed":
+            if self.sigma != math.inf:
+                yield f"sigma {self.sigma} belongs to target 'smoothed', not {self.target!r}"
+            return
+        if not self.sigma > 0:
+            yield f"sigma {self.sigma} is not above 0"
+        if self.grid is None and self.sigma != math.inf:
+            yield "target 'smoothed' needs the grid, (rows, columns) or (frames, rows, columns)"
+        if self.grid is not None and (len(self.grid) not in (2, 3) or any(n < 1 for n in self.grid)):
+            yield f"grid {self.grid} is not (rows, columns) or (frames, rows, columns)"
+
+
+@dataclass(frozen=True, eq=False)
+class NegativeText:
+    """Attention pushed away from a negative text: NAG, normalized attention guidance, arXiv 2505.21179, eqs. 7-10.
+
+    With Z+ and Z- the attention output of an image row, all heads together, given the positive or the negative text,
+
+        Z~ = s Z+ - (s - 1) Z-,   r = |Z~| / |Z+|,   Z^ = Z~ min(r, tau) / r,   row = alpha Z^ + (1 - alpha) Z+
+
+    The norm runs over all H * D_v channels of a row. ``scale`` 1 or ``alpha`` 0 is Z+.
+
+    Args:
+        image: query tokens of the image. In a joint sequence (n_q == n_k) there are other rows: those of the negative text
+            see all but the positive text, the rest all but the negative. If every query is image, this is
+            cross-attention.
+        positive, negative: key tokens of the prompt and of the negative prompt. Image rows share all other keys.
+        scale: s. tau: bound of the norm's growth. alpha: share of the guided output, 0 to 1.
+        norm: "l2" or "l1".
+
+    Lerps come after it; what their rows may attend to is what they may with the positive text.
+    """
+
+    image: Tokens
+    positive: Tokens
+    negative: Tokens
+    scale: float = 5.0
+    tau: float = 2.5
+    alpha: float = 0.25
+    norm: Norm = "l2"
+
+    def __post_init__(self) -> None:
+        wrong = []
+        if not math.isfinite(self.scale):
+            wrong.append(f"scale {self.scale} is not finite")
+        if not 0 < self.tau < math.inf:
+            wrong.append(f"tau {self.tau} is not above 0 and finite")
+        if not 0 <= self.alpha <= 1:
+            wrong.append(f"alpha {self.alpha} is not between 0 and 1")
+        if self.norm not in get_args(Norm):
+            wrong.append(f"norm {self.norm!r} is not one of {', '.join(get_args(Norm))}")
+        if wrong:
+            raise AttnCtrlError("; ".join(wrong))
+        for name in ("image", "positive", "negative"):
+            object.__setattr__(self, name, _sorted_tokens(getattr(self, name)))
+
+    def why_not(self, n_q: int, n_k: int) -> Iterable[str]:
+        """Why it does not fit a call of this size."""
+        image, positive, negative = spans(self.image, n_q), spans(self.positive, n_k), spans(self.negative, n_k)
+        for name, these, n in (("image", image, n_q), ("positive", positive, n_k), ("negative", negative, n_k)):
+            yield from _wrong_range(f"negative text: {name}", these, n)
+            if not these:
+                yield f"negative text: {name} is empty"
+        if overlap(positive, negative):
+            yield f"negative text: {count(overlap(positive, negative))} keys are positive and negative"
+        if image == ((0, n_q),):
+            return
+        text = join(positive, negative)
+        if n_q != n_k:
+            yield f"negative text: image is {count(image)} of {n_q} queries; in cross-attention it is all of them"
+        elif overlap(image, text):
+            yield f"negative text: {count(overlap(image, text))} tokens are image and text"
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """One attention call: segments (none = plain attention), then lerps in order, then the head scale (H,) or (B, H)."""
+    """One attention call: segments or a negative text (neither = plain attention), then lerps in order, then the head
+    scale (H,) or (B, H). All of it under the model's own ``mask``, see ``with_mask``.
+    """
 
     segments: tuple[Segment, ...] = ()
     lerps: tuple[Lerp, ...] = ()
     head_scale: Tensor | None = None
     rows: tuple[int, ...] | None = None  # batch rows the plan is for; None = all
+    negative: NegativeText | None = None
+    mask: Tensor | None = None  # (B|1, H|1, 1|n_q, n_k)
     programs: dict = field(init=False, default_factory=dict, repr=False)  # program.resolve's, by length
 
     def __post_init__(self) -> None:
@@ -141,10 +241,22 @@ class Plan:
     @property
     def is_plain(self) -> bool:
         """Nothing is edited: the model's own attention call."""
-        return len(self.segments) == 0 and self.head_scale is None and all(len(lerp.heads) == 0 for lerp in self.lerps)
+        whole = len(self.segments) == 0 and self.negative is None and self.mask is None
+        return whole and self.head_scale is None and all(len(lerp.heads) == 0 for lerp in self.lerps)
+
+    @cached_property
+    def key_bias(self) -> Tensor | None:
+        """What the mask adds to the logits of each key, (B|1, H|1, n_k), -inf where it forbids one; None where it
+        tells rows apart.
+        """
+        return None if self.mask is None or self.mask.shape[2] != 1 else additive(self.mask)[:, :, 0]
 
     def on(self, *rows: int) -> Plan:
         """The same plan for these batch rows."""
+        if self.mask is not None:
+            raise AttnCtrlError(
+                "the rows of a plan are chosen before its mask\nHINT: with_mask(plan.on(...), mask, ...)"
+            )
         return replace(self, rows=rows)
 
     def check(self, n_q: int, n_k: int, heads: int | None = None, batch: int | None = None) -> None:
@@ -152,6 +264,9 @@ class Plan:
         step.
         """
         wrong = [*self._wrong_rows(batch), *self._wrong_segments(n_q, n_k, heads), *self._wrong_lerps(n_q, n_k, heads)]
+        if self.negative is not None:
+            wrong += self.negative.why_not(n_q, n_k)
+            wrong += ["segments and a negative text exclude each other"] if self.segments else []
         if self.head_scale is not None:
             wrong += _wrong_heads("head_scale", self.head_scale, heads, self._batch(batch))
         if wrong:
@@ -167,14 +282,21 @@ class Plan:
             sizes = [_size(segment.queries) for segment in self.segments]
             shown = " + ".join(sizes[:6]) + (" + ..." if len(sizes) > 6 else "")
             parts.append(f"{len(sizes)} segment{'s' if len(sizes) > 1 else ''} ({shown} query tokens)")
+        if self.negative is not None:
+            n = self.negative
+            parts.append(f"negative text, scale {n.scale:g}, tau {n.tau:g}, alpha {n.alpha:g}, {n.norm}")
         for lerp in self.lerps:
             if lerp.heads:
                 low, high = float(lerp.strength.min()), float(lerp.strength.max())
                 strength = f"{high:g}" if low in (high, 0.0) else f"{low:g}..{high:g}"
-                where = "" if lerp.region is None else f", {_size(lerp.region)} region tokens, {lerp.mode}"
-                parts.append(f"{lerp.target} {strength} on heads {','.join(map(str, lerp.heads))}{where}")
+                mode = "" if lerp.of_queries else f", {lerp.mode}"
+                where = "" if lerp.region is None else f", {_size(lerp.region)} region tokens{mode}"
+                target = f"smoothed (sigma {lerp.sigma:g})" if lerp.target == "smoothed" else lerp.target
+                parts.append(f"{target} {strength} on heads {','.join(map(str, lerp.heads))}{where}")
         if self.head_scale is not None:
             parts.append("head scale")
+        if self.mask is not None:
+            parts.append("under a mask" if self.key_bias is None else "under a key mask")
         rows = "" if self.rows is None else f" (rows {','.join(map(str, self.rows))})"
         return ("; ".join(parts) or "plain attention") + rows
 
@@ -255,13 +377,74 @@ class Plan:
                 yield f"{name}: a strength is not finite"
             if lerp.heads and heads is not None and lerp.heads[-1] >= heads:
                 yield f"{name}: head {lerp.heads[-1]} of {heads}"
-            if n_q != n_k and (lerp.target == "identity" or (lerp.region is not None and lerp.target != "mean_query")):
+            if n_q != n_k and (lerp.target == "identity" or (lerp.region is not None and not lerp.of_queries)):
                 yield f"{name}{'' if lerp.region is None else ' with a region'} needs as many queries as keys"
             if lerp.region is not None:
                 region = spans(lerp.region, n_q)
                 yield from _wrong_range(f"{name}: region", region, n_q)
                 if not region:
                     yield f"{name}: the region is empty"
+            if lerp.target == "smoothed":
+                rows = n_q if lerp.region is None else count(spans(lerp.region, n_q))
+                if rows != math.prod(lerp.grid):
+                    yield f"{name}: a grid of {' x '.join(map(str, lerp.grid))} for {rows} rows"
+
+
+def with_mask(plan: Plan, mask: Tensor, n_q: int, n_k: int) -> Plan:
+    """The plan under the mask that a model passes itself.
+
+    A mask that treats all rows alike (padded keys) is a bias per key: segments, regions, negative text and every
+    target stay exact. One that tells rows apart goes with lerps of the whole sequence alone: identity, uniform (the
+    mean over the keys allowed to the row), mean_query and smoothed.
+
+    Args:
+        mask: bool, True = may attend, or what is added to the logits; any shape that broadcasts to (B, H, n_q, n_k),
+            with B the plan's rows. Whether rows are alike is read from the values unless the mask has one row (or
+            stride 0), so keep the result for all calls with this mask. The plan's programs are shared.
+
+    Raises AttnCtrlError if the mask does not fit, or tells rows apart and the plan cannot follow.
+    """
+    if plan.mask is not None:
+        raise AttnCtrlError("the plan already has a mask\nHINT: with_mask(plan without a mask, mask, ...)")
+    mask = as_mask(mask, n_q, n_k)
+    if plan.rows is not None and mask.shape[0] not in (1, len(plan.rows)):
+        raise AttnCtrlError(
+            f"a mask of {mask.shape[0]} batch rows for a plan of {len(plan.rows)}\nHINT: mask[list(plan.rows)]"
+        )
+    if mask.shape[2] > 1 and (mask.stride(2) == 0 or bool((mask == mask[:, :, :1]).all())):
+        mask = mask[:, :, :1]
+    if mask.shape[2] > 1:
+        wrong = ["segments"] if plan.segments else []
+        wrong += ["a negative text"] if plan.negative is not None else []
+        active = [lerp for lerp in plan.lerps if lerp.heads]
+        wrong += [f"{lerp.target} in a region" for lerp in active if lerp.region is not None]
+        wrong += ["target argmax"] if any(lerp.target == "argmax" for lerp in active) else []
+        if wrong:
+            raise AttnCtrlError(
+                f"the model masks pairs of tokens ({' x '.join(map(str, mask.shape))}), and the plan has {', '.join(wrong)}\n"
+                "HINT: only lerps of the whole sequence to identity, uniform, mean_query or smoothed work under such a mask"
+            )
+    masked = replace(plan, mask=mask)
+    object.__setattr__(masked, "programs", plan.programs)
+    return masked
+
+
+def as_mask(mask: Tensor, n_q: int, n_k: int) -> Tensor:
+    """The mask as (B|1, H|1, 1|n_q, n_k)."""
+    full = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape)) if mask.ndim <= 4 else mask
+    fits = full.ndim == 4 and full.shape[2] in (1, n_q) and full.shape[3] in (1, n_k)
+    if not fits or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise AttnCtrlError(
+            f"a mask is bool or float and broadcasts to (B, H, {n_q}, {n_k}), got {tuple(mask.shape)} {mask.dtype}"
+        )
+    return full.expand(-1, -1, -1, n_k)
+
+
+def additive(mask: Tensor) -> Tensor:
+    """What a mask adds to the logits, -inf where it forbids."""
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
+    return mask.masked_fill(mask <= FORBIDS, -math.inf)
 
 
 def _sorted_tokens(tokens: Tokens) -> Tokens:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnctrl.attention import groups
 from attnctrl.attention.groups import Piece, Spans, Tokens
-from attnctrl.attention.plan import KeyGroup, Plan, Segment
+from attnctrl.attention.plan import KeyGroup, NegativeText, Plan, Segment
 from attnctrl.errors import AttnCtrlError
 
 
@@ -92,10 +92,21 @@ class Region:
 
 
 @dataclass(frozen=True, eq=False)
+class Sides:
+    """What a negative text needs: image rows over the keys that both texts share, over either text, and the text rows."""
+
+    shared: Block
+    positive: Block
+    negative: Block
+    others: tuple[Block, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Program:
     blocks: tuple[Block, ...]
     plain: bool  # one block of every row and key without bias
     weighted: bool  # some row is in several blocks
+    sides: Sides | None = None  # the blocks are then those of the positive text
 
 
 def resolve(plan: Plan, n_q: int, n_k: int, causal: bool, device: torch.device) -> Program:
@@ -110,10 +121,12 @@ def resolve(plan: Plan, n_q: int, n_k: int, causal: bool, device: torch.device) 
 
 
 def _resolve(plan: Plan, n_q: int, n_k: int, causal: bool, device: torch.device) -> Program:
-    segments = plan.segments
-    if len(segments) == 0:
-        segments = (Segment(slice(0, n_q), (KeyGroup(slice(0, n_k)),)),)
+    segments, sides = plan.segments, None
     maker = _Maker(n_q, n_k, causal, device)
+    if plan.negative is not None:
+        segments, sides = maker.negative(plan.negative)
+    elif len(segments) == 0:
+        segments = (Segment(slice(0, n_q), (KeyGroup(slice(0, n_k)),)),)
     blocks = []
     for segment in segments:
         rows = groups.spans(segment.queries, n_q)
@@ -139,7 +152,7 @@ def _resolve(plan: Plan, n_q: int, n_k: int, causal: bool, device: torch.device)
         and _whole(first.weight)
     )
     weighted = sum(block.rows for block in blocks) > n_q or not all(_whole(block.weight) for block in blocks)
-    return Program(tuple(blocks), plain, weighted)
+    return Program(tuple(blocks), plain, weighted, sides)
 
 
 def _in_range(kind: str, these: Spans, n: int) -> None:
@@ -169,6 +182,29 @@ class _Maker:
             self.block(here, segment, keys),
             self.block(here, segment, groups.minus(((0, self.n_k),), keys)),
         )
+
+    def negative(self, negative: NegativeText) -> tuple[tuple[Segment, ...], Sides]:
+        """The segments with the positive text in force, and what the negative text needs besides."""
+        wrong = list(negative.why_not(self.n_q, self.n_k))
+        if wrong:
+            raise AttnCtrlError("; ".join(wrong))
+        image, every = groups.spans(negative.image, self.n_q), ((0, self.n_k),)
+        positive, against = groups.spans(negative.positive, self.n_k), groups.spans(negative.negative, self.n_k)
+        views = [groups.minus(every, text) for text in (against, positive)]
+        joint = image != ((0, self.n_q),)
+        everything = Segment(slice(0, self.n_q), (KeyGroup(slice(0, self.n_k)),))
+        shared = groups.overlap(*views)
+        others = ((groups.minus(views[0], image), views[0]), (against, views[1])) if joint else ()
+        sides = Sides(
+            *(self.block(image, everything, keys) for keys in (shared, positive, against)),
+            tuple(self.block(these, everything, keys) for these, keys in others if these),
+        )
+        rows = (views[0], against) if joint else (image,)
+        segments = tuple(
+            Segment(groups.tokens_of(these), (KeyGroup(groups.tokens_of(keys)),))
+            for these, keys in zip(rows, views, strict=False)
+        )
+        return segments, sides
 
     def block(self, rows: Spans, segment: Segment, allowed: Spans, regions: tuple[Region | None, ...] = ()) -> Block:
         """The rows' attention over those keys of the segment that are ``allowed``."""

@@ -60,6 +60,8 @@ class RegionalPrompts(Control):
     start: float = 0.0
     stop: float = 1.0
 
+    shapes = True
+
     def __post_init__(self) -> None:
         regions = tuple(Region.parse(item) if isinstance(item, str) else item for item in self.regions)
         object.__setattr__(self, "regions", regions)

@@ -14,7 +14,7 @@ import torch
 
 from ..attention import Lerp
 from ..errors import AttnCtrlError
-from ..heads import HeadSet
+from ..heads import HeadBatch, HeadSet
 from ..schedule import Schedule, parse_layers
 from ..sites import Site, Tokens
 from .base import Control, Edit
@@ -32,7 +32,8 @@ class SoftPAG(Control):
     uniform matrix, or the attention row of the mean query (after norm and rotary embedding) for all rows. No N x N matrix.
 
     Args:
-        heads: a `HeadSet` or anything that `HeadSet.parse` reads; None for every head of `layers`.
+        heads: a `HeadSet` or anything that `HeadSet.parse` reads; a `HeadBatch` for one set per image of the batch (the heads of
+            image i are what a run with its set alone would perturb); None for every head of `layers`.
         layers: layer numbers as `parse_layers` reads them; None for all layers. With `heads` given, keeps only these layers.
         strength: u, 0 (off) to 1 (the heads attend to the target alone); multiplied by each head's weight.
         scale: w, always +w·(cond − perturbed).
@@ -45,7 +46,7 @@ class SoftPAG(Control):
         weight: `weight(fraction, sigma) -> float` multiplies the scale at every step.
     """
 
-    heads: HeadSet | str | Iterable | None = None
+    heads: HeadSet | HeadBatch | str | Iterable | None = None
     layers: str | int | Iterable[int] | None = None
     strength: float = 1.0
     scale: float = 3.0
@@ -71,8 +72,9 @@ class SoftPAG(Control):
         if wrong:
             raise AttnCtrlError("SoftPAG: " + "; ".join(wrong))
         if self.heads is not None:
-            object.__setattr__(self, "heads", HeadSet.parse(self.heads))
-            if any(not 0 <= self.strength * weight <= 1 for *_, weight in self.heads.heads):
+            if not isinstance(self.heads, HeadBatch):
+                object.__setattr__(self, "heads", HeadSet.parse(self.heads))
+            if any(not 0 <= self.strength * weight <= 1 for weight in self._weights):
                 raise AttnCtrlError("SoftPAG: strength times a head's weight leaves 0-1")
         self.schedule
 
@@ -85,8 +87,14 @@ class SoftPAG(Control):
         return (
             self.strength == 0
             or self.scale == 0
-            or (self.heads is not None and all(w == 0 for *_, w in self.heads.heads))
+            or (self.heads is not None and all(weight == 0 for weight in self._weights))
         )
+
+    @property
+    def _weights(self) -> list[float]:
+        """Of every head of every set."""
+        sets = self.heads.sets if isinstance(self.heads, HeadBatch) else (self.heads,)
+        return [weight for item in sets if item is not None for *_, weight in item.heads]
 
     def touches(self, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
         primary = [site for site in sites if site.primary]

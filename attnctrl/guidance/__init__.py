@@ -1,6 +1,20 @@
 """Guidance from a perturbed pass."""
 
-from .delta import add_to_all, guidance_delta
+from typing import TYPE_CHECKING
+
+from .delta import add_to_all, add_to_rows, guidance_delta
+from .rows import conditional_rows
 
 
-__all__ = ["add_to_all", "guidance_delta"]
+if TYPE_CHECKING:
+    from .guider import HeadGuidance
+
+__all__ = ["HeadGuidance", "add_to_all", "add_to_rows", "conditional_rows", "guidance_delta"]
+
+
+def __getattr__(name: str):
+    if name == "HeadGuidance":  # needs diffusers, which nothing else here does
+        from .guider import HeadGuidance
+
+        return HeadGuidance
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

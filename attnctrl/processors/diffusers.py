@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..attention import Plan, run_rows
+from ..attention import run_rows
 from ..errors import AttnCtrlError
 from ..sites import Site
 
@@ -21,34 +21,34 @@ if TYPE_CHECKING:
 
 
 class TakeOver(TorchFunctionMode):
-    """Inside it, `scaled_dot_product_attention` on a sequence of the expected length runs under the plans."""
+    """Inside it, the attention call of a site runs under the session's plans."""
 
-    def __init__(self, plans: Sequence[Plan], length: int, site: Site):
+    def __init__(self, session: Session, site: Site):
         super().__init__()
-        self.plans, self.length, self.site = plans, length, site
+        self.session, self.site = session, site
         self.calls = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
+        if func is not F.scaled_dot_product_attention or self.calls:
             return func(*args, **kwargs)
         named = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args)) | kwargs
         q, k, v = named["query"], named["key"], named["value"]
-        if q.shape[2] != self.length or k.shape[2] != self.length:
-            return func(*args, **kwargs)  # a second attention of the processor, e.g. of an IP-Adapter
-        if named.get("attn_mask") is not None:
-            raise AttnCtrlError(
-                f"{self.site.path}: the model masks this attention call, which plans do not combine with yet"
-            )
+        mask = named.get("attn_mask")
+        plans = self.session.plans_for(self.site, q.shape, k.shape[2], mask)
+        if plans is None:
+            return func(*args, **kwargs)  # another attention of the same processor, e.g. of an IP-Adapter
         self.calls += 1
-        return run_rows(q, k, v, self.plans, scale=named.get("scale"), causal=bool(named.get("is_causal")))
+        if not plans:
+            return func(*args, **kwargs)
+        return run_rows(q, k, v, plans, scale=named.get("scale"), causal=bool(named.get("is_causal")), mask=mask)
 
 
 class ControlledAttnProcessor:
     """Stands in for a module's own processor, calls it, and hands its attention to the engine while a plan is in force.
 
     Projections, norms and rotary embedding stay the model's own code, so q, k and v arrive as its kernel would see them. Without
-    a plan the inner processor is called and nothing else happens.
+    a plan the inner processor is called and nothing else happens. In a compiled block it runs eagerly, between two graphs.
     """
 
     def __init__(self, inner: Any, site: Site, session: Session):
@@ -70,16 +70,17 @@ class ControlledAttnProcessor:
     def _attention_backend(self, backend) -> None:
         self.inner._attention_backend = backend
 
+    @torch.compiler.disable
     def __call__(self, attn, hidden_states: torch.Tensor, *args, **kwargs):
-        plans, length = self.session.plans_for(self.site)
-        if not plans:
+        if not self.session.controls_site(self.site):
             return self.inner(attn, hidden_states, *args, **kwargs)
-        with TakeOver(plans, length, self.site) as mode, _native_backend(self.inner):
+        with TakeOver(self.session, self.site) as mode, _native_backend(self.inner):
             out = self.inner(attn, hidden_states, *args, **kwargs)
         if mode.calls == 0:
             raise AttnCtrlError(
-                f"{self.site.path}: {type(self.inner).__name__} never called scaled_dot_product_attention on {length} tokens, so the "
-                "controls could not act\nHINT: pipe.transformer.set_attention_backend('native'), or another attention processor"
+                f"{self.site.path}: {type(self.inner).__name__} never called scaled_dot_product_attention on {self.session.expects(self.site)} "
+                "tokens, so the controls could not act\n"
+                "HINT: pipe.transformer.set_attention_backend('native'), or another attention processor"
             )
         self.session.mark(self.site)
         return out

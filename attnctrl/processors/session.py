@@ -5,19 +5,22 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
 
-from ..attention import Plan, record_kernels
-from ..controls.base import Control
+from ..attention import Plan, record_kernels, with_mask
+from ..controls.base import Control, Moment
 from ..errors import AttnCtrlError
 from ..families import Family, find_denoiser, find_family
-from ..guidance import add_to_all, guidance_delta
-from ..heads import HeadSet
+from ..families.family import pick_rows
+from ..guidance import add_to_all, add_to_rows, conditional_rows, guidance_delta
 from ..sites import Site, Tokens, lay_out
 from .diffusers import ControlledAttnProcessor
+from .gates import Gate, Kept
 
 
 _ATTACHED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # denoiser -> its sessions, innermost last
@@ -31,10 +34,22 @@ class _Pass:
     active: tuple[Control, ...]
     cond: tuple[int, ...]
     batch: int
-    lengths: dict[str, int]
-    grid: tuple[int, int]
+    lengths: dict[str, int | None]
+    grid: tuple[int, ...]
     regions: tuple[int, ...]
+    moment: Moment
+    keep: frozenset[str] = frozenset()  # units whose output is kept
+    rows: slice = field(default_factory=lambda: slice(None))  # and for which rows
+    reuse: int = 0  # units before this one are not run
+    kept: dict[str, Kept] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
+    left_out: set[str] = field(default_factory=set)  # blocks that did not run, and should not have
+
+    def rows_of(self, control: Control) -> tuple[int, ...]:
+        """Rows of this pass that a control is for."""
+        if control.branch == "cond":
+            return self.cond
+        return tuple(row for row in range(self.batch) if row not in self.cond)
 
 
 class Session:
@@ -43,48 +58,88 @@ class Session:
     On a pipeline the conditional rows are told from the unconditional ones and the number of the step is read from the
     scheduler. On a bare denoiser every row counts as conditional, guidance is added to the output, and controls with a window need
     `set_step`.
+
+    Args:
+        prefix_reuse: a perturbed pass starts from the outputs that the plain pass left before the first perturbed block. Exact; switched
+            off by itself, and reported, where the model writes to them.
+        withhold: leave the prediction plain and put the guidance term of each call into `withheld` instead.
     """
 
-    def __init__(self, target: Any, *controls: Control):
+    def __init__(self, target: Any, *controls: Control, prefix_reuse: bool = True, withhold: bool = False):
         model, pipeline = find_denoiser(target)
         self.family: Family = find_family(model)
         self.model, self.pipeline = model, pipeline
+        if getattr(pipeline, "transformer_2", None) is not None:
+            raise AttnCtrlError(
+                f"{type(pipeline).__name__} has two denoisers, `transformer` and `transformer_2`, and a session controls one\n"
+                "HINT: attach to pipe.transformer and to pipe.transformer_2; every row counts as conditional then"
+            )
         wrong = [repr(control) for control in controls if not isinstance(control, Control)]
         if wrong:
             raise AttnCtrlError(f"not a control: {', '.join(wrong)}\nHINT: attach(pipe, ac.SoftPAG(heads='3.5'), …)")
         self.sites = self.family.sites(model)
+        self.blocks = self.family.blocks(model)
         self.controls = tuple(controls)
+        self.prefix_reuse, self.withhold = prefix_reuse, withhold
+        self.withheld: torch.Tensor | None = None
         self.records: list = []
         self._strengths: dict[Control, dict[str, torch.Tensor]] = {}
+        self._edited: dict[Control, frozenset[str]] = {}
         for control in controls:  # also neutral ones: a wrong head is wrong at strength 0 too
             self._check_family(control)
-            touched = control.touches(self.sites)
+            touched, edited = control.touches(self.sites), control.touches_blocks(self.blocks)
             if not control.neutral:
-                if not touched:
+                if not touched and not edited:
                     raise AttnCtrlError(f"{control.name} matches no attention site of {self.family.name}")
-                self._strengths[control] = touched
-        shapers = [control.name for control in self._strengths if not control.guides]
+                self._strengths[control], self._edited[control] = touched, frozenset(edited)
+        shapers = [control.name for control in self._strengths if control.shapes]
         if len(shapers) > 1:
             raise AttnCtrlError(
                 f"{' and '.join(shapers)} both decide who attends to whom; give all regions to one of them"
             )
+        self._units = self.family.run_order(model)
+        self._first = {control: self._first_unit(control) for control in self._strengths if control.guides}
+        self._by_path = {block.path: block for block in self.blocks}
+        chain = all(set(block.gives) <= {stream for stream, _ in block.takes} for block in self.blocks)
+        self._chain = chain and not self.family.skips  # only the last output before the first perturbed unit matters
         self.calls = Counter()
         self.kernels: Counter = Counter()
+        self.notes: list[str] = []
         self.hits: dict[Control, Counter] = {control: Counter() for control in controls}
         self._pass: _Pass | None = None
         self._plans: dict[tuple, list[Plan]] = {}
-        self._texts: dict[tuple, torch.Tensor] = {}
+        self._masked: dict[tuple, tuple[torch.Tensor, list[Plan]]] = {}
+        self._texts: dict[tuple, list[torch.Tensor]] = {}
         self._step: tuple[int, int] | None = None
+        self._context: str | None = None
         self._pending: tuple[weakref.ref, weakref.ref, torch.Tensor | None] | None = None
         self._processors: dict[str, tuple[Any, Any]] = {}
+        self._gates: list[Gate] = []
         self._attached = False
 
     def _check_family(self, control: Control) -> None:
-        heads = getattr(control, "heads", None)
-        if isinstance(heads, HeadSet) and heads.family not in (None, self.family.name):
+        found = getattr(getattr(control, "heads", None), "family", None)
+        if found not in (None, self.family.name):
             raise AttnCtrlError(
-                f"{control.name}: the head set was found on family {heads.family!r}, this model is {self.family.name!r}"
+                f"{control.name}: the head set was found on family {found!r}, this model is {self.family.name!r}"
             )
+        reasons = dict(self.family.refuses)
+        if reason := reasons.get(control.name, reasons.get("*")):
+            raise AttnCtrlError(f"{control.name} cannot work on {self.family.name}: {reason}")
+        if self.family.encode is None and control.regions_in_use():
+            raise AttnCtrlError(
+                f"{control.name} appends prompts to the text, which the family table of {self.family.name} does not know how to do"
+            )
+
+    def _first_unit(self, control: Control) -> int:
+        """The first unit that a control's pass has to run."""
+        paths = (*self._strengths[control], *self._edited[control])
+
+        def unit(path: str) -> int:
+            inside = [i for i, name in enumerate(self._units) if path == name or path.startswith(f"{name}.")]
+            return inside[0] if inside else 0
+
+        return min(unit(path) for path in paths)
 
     # -- entering and leaving ------------------------------------------------------------------------------------------
 
@@ -94,6 +149,9 @@ class Session:
         modules = dict(self.model.named_modules())
         by_path = {site.path: site for site in self.sites}
         paths = sorted({path for touched in self._strengths.values() for path in touched})
+        gated = {path for edited in self._edited.values() for path in edited}
+        if self.prefix_reuse and self._first:
+            gated.update(self._units[: max(self._first.values())])
         with _LOCK:
             stack = _ATTACHED.setdefault(self.model, [])
             busy = [name for session in stack if session._strengths for name in session.names()]
@@ -107,30 +165,37 @@ class Session:
                 controlled = ControlledAttnProcessor(module.processor, by_path[path], self)
                 self._processors[path] = (module, module.processor)
                 module.processor = controlled
-            if paths:
-                self._saved_forward = self.model.__dict__.get("forward")
+            self._gates = [Gate(path, modules[path], self._through) for path in sorted(gated)]
+            if self._strengths:
+                self._saved = {name: self.model.__dict__[name] for name in _REPLACED if name in self.model.__dict__}
                 self._inner = self.model.forward
                 self.model.forward = self._forward
+                if hasattr(self.model, "cache_context"):
+                    self._inner_context = self.model.cache_context
+                    self.model.cache_context = self._cache_context
             self._attached = True
         return self
 
     def detach(self) -> None:
-        """Restores every processor and the denoiser's forward. Calling it twice is harmless."""
+        """Restores every processor, block and the denoiser's forward. Calling it twice is harmless."""
         with _LOCK:
             if not self._attached:
                 return
             for module, processor in self._processors.values():
                 module.processor = processor
-            if self._processors:
-                if self._saved_forward is None:
-                    self.model.__dict__.pop("forward", None)
-                else:
-                    self.model.forward = self._saved_forward
+            for gate in self._gates:
+                gate.remove()
+            if self._strengths:
+                for name in _REPLACED:
+                    self.model.__dict__.pop(name, None)
+                self.model.__dict__.update(self._saved)
             self._processors.clear()
+            self._gates.clear()
             _ATTACHED[self.model].remove(self)
             self._attached = False
             self._pass = self._pending = None
             self._plans.clear()
+            self._masked.clear()
             self._texts.clear()
 
     def __enter__(self) -> Session:
@@ -138,6 +203,10 @@ class Session:
 
     def __exit__(self, *exc) -> None:
         self.detach()
+
+    @property
+    def attached(self) -> bool:
+        return self._attached
 
     def names(self) -> list[str]:
         return [control.name for control in self._strengths]
@@ -150,73 +219,134 @@ class Session:
 
     # -- one call of the denoiser ----------------------------------------------------------------------------------------
 
-    def _forward(self, *args, **kwargs):
-        bound = self.family.bind(self._inner, args, kwargs)
-        fraction, sigma = self._when(bound)
-        active = tuple(c for c in self._strengths if c.schedule.active(fraction, sigma))
-        if self._repeats(bound):
-            return self._second_call(bound, active)
-        shapers = tuple(control for control in active if not control.guides)
-        guides = () if bound.get("skip_layers") is not None else tuple(control for control in active if control.guides)
-        batch = bound[self.family.image].shape[0]
-        cond = self._cond_rows(bound, batch)
-        call, regions = self._with_regions(bound, shapers)
-        output = self._run(call, bound, shapers, cond, batch, regions)
-        self.calls["passes"] += 1
-        if guides:
-            scales = {
-                c: c.scale * (c.schedule.weight(fraction or 0.0, sigma) if c.schedule.weight else 1.0) for c in guides
-            }
-            rows = slice(cond[0], cond[-1] + 1)
-            few = self.family.select_rows(call, rows, batch)
-            prediction = _sample(output)
-            delta = 0
-            for control in guides:
-                weak = self._run(few, bound, (*shapers, control), tuple(range(len(cond))), len(cond), regions)
-                delta = delta + guidance_delta(prediction[rows], _sample(weak), scales[control])
-                self.calls["perturbed passes"] += 1
-            output = _replace(output, add_to_all(prediction, delta))
-            if self.pipeline is not None and self.family.cfg == "separate":
-                self._pending = (*self._pending[:2], delta)
-        return output
+    @contextmanager
+    def _cache_context(self, name: str):
+        """The denoiser's own context, with its name noted: pipelines call it "cond" and "uncond"."""
+        self._context = name
+        try:
+            with self._inner_context(name):
+                yield
+        finally:
+            self._context = None
 
-    def _second_call(self, bound: dict, active: tuple[Control, ...]):
-        """The unconditional call of a step whose conditional call came before: plain, plus the same guidance."""
+    @torch.compiler.disable
+    def _forward(self, *args, **kwargs):
+        self.withheld = None
+        bound = self.family.bind(self._inner, args, kwargs)
+        moment = self._when(bound)
+        active = tuple(c for c in self._strengths if c.schedule.active(moment.fraction, moment.sigma))
+        batch = self.family.rows(bound)
+        if self._repeats(bound):
+            return self._second_call(bound, active, batch, moment)
+        own_pass = bound.get("skip_layers") is not None  # a weak pass of the pipeline's own
+        mains = tuple(control for control in active if not control.guides)
+        weights = {} if own_pass else {c: self._weight(c, moment) for c in active if c.guides}
+        guides = tuple(control for control, weight in weights.items() if weight != 0)
+        batched = self.pipeline is not None and self.family.cfg != "separate" and not own_pass
+        cfg = batched and self.family.cfg_on(self.pipeline)
+        cond = conditional_rows(batch, cfg, self.family.cfg == "batched, cond first")
+        rows = slice(cond[0], cond[-1] + 1)
+        self._check_images((*mains, *guides), len(cond))
+        call, regions = self._with_regions(bound, mains)
+        now = self._new_pass(bound, mains, cond, batch, regions, moment)
+        if guides:
+            self._check_cache()
+            now.keep, now.rows = self._to_keep(guides), rows
+        output = self._run(call, now)
+        self.calls["passes"] += 1
+        self.calls["blocks"] += len(self.blocks)
+        if not guides:
+            return output
+        few = self.family.select_rows(call, rows, batch)
+        prediction, delta = _sample(output), 0
+        for control in guides:
+            weak = self._new_pass(bound, (*mains, control), tuple(range(len(cond))), len(cond), regions, moment)
+            self._resume(weak, now, control)
+            perturbed = _sample(self._run(few, weak))
+            delta = delta + guidance_delta(prediction[rows], perturbed, weights[control])
+            self.calls["perturbed passes"] += 1
+            skipped = set(self._units[: weak.reuse])
+            self.calls["perturbed blocks"] += sum(not _inside(block.path, skipped) for block in self.blocks)
+        delta = delta[:, : self._channels(prediction)]
+        if self.withhold:
+            self.withheld = delta
+            return output
+        return _replace(output, self._place(prediction, delta, cond, cfg))
+
+    def _check_images(self, controls: tuple[Control, ...], images: int) -> None:
+        for control in controls:
+            strength = next(iter(self._strengths[control].values()), None)
+            if strength is not None and strength.ndim == 2 and strength.shape[0] != images:
+                raise AttnCtrlError(
+                    f"{control.name} has head sets for {strength.shape[0]} images, this batch has {images}\nHINT: one set per image"
+                )
+
+    def _place(self, prediction: torch.Tensor, delta: torch.Tensor, cond: tuple[int, ...], cfg: bool) -> torch.Tensor:
+        """The prediction with the guidance term where the pipeline's arithmetic brings it out unchanged.
+
+        A pipeline that rescales the guided prediction to the conditional one must not see a changed conditional part: then
+        delta / (1 − g) goes to the unconditional part alone.
+        """
+        family, pipeline = self.family, self.pipeline
+        separate = pipeline is not None and family.cfg == "separate"
+        if separate:
+            self._pending = (*self._pending[:2], delta)
+        rescales = pipeline is not None and family.renormalizes is not None and family.renormalizes(pipeline)
+        if not rescales or not (cfg or (separate and family.cfg_on(pipeline))):
+            return add_to_all(prediction, delta)
+        weight = family.uncond_weight(pipeline)
+        if abs(weight) < 1e-6:
+            raise AttnCtrlError(
+                f"{type(pipeline).__name__} rescales its prediction and gives the unconditional one no weight, which leaves no place for "
+                "the guidance term\nHINT: switch the rescaling off, or use another guidance_scale"
+            )
+        self._note(
+            "guidance is added to the unconditional prediction alone, as the pipeline rescales to the conditional one"
+        )
+        if separate:
+            self._pending = (*self._pending[:2], delta / weight)
+            return prediction
+        uncond = slice(len(cond), None) if cond[0] == 0 else slice(0, cond[0])
+        return add_to_rows(prediction, delta / weight, uncond)
+
+    def _second_call(self, bound: dict, active: tuple[Control, ...], batch: int, moment: Moment):
+        """The unconditional call of a step whose conditional call came before: the same guidance, and controls for such rows."""
         (*_, delta), self._pending = self._pending, None
         self.calls["passes"] += 1
-        output = self._inner(**bound)
+        self.calls["blocks"] += len(self.blocks)
+        mains = tuple(control for control in active if control.branch == "uncond")
+        now = self._new_pass(bound, mains, (), batch, (), moment)
+        output = self._run(bound, now)
         return output if delta is None else _replace(output, add_to_all(_sample(output), delta))
 
     def _repeats(self, bound: dict) -> bool:
-        """True in the second call of a step, recognised by the very same latent tensor within the same run."""
+        """True in the second call of a step: by the name that the pipeline gives its calls, or by the very same latent tensor
+        within the same run."""
         if self.pipeline is None or self.family.cfg != "separate":
             return False
         latents, run = bound[self.family.image], self.pipeline.scheduler.timesteps
-        if self._pending is not None and self._pending[0]() is latents and self._pending[1]() is run:
+        latents = latents[0] if isinstance(latents, (list, tuple)) else latents
+        same = self._pending is not None and self._pending[0]() is latents and self._pending[1]() is run
+        if self._pending is not None and (same or self._context == "uncond"):
             return True
         self._pending = (weakref.ref(latents), weakref.ref(run), None)
         return False
 
-    def _cond_rows(self, bound: dict, batch: int) -> tuple[int, ...]:
-        split = self.pipeline is not None and self.family.cfg == "batched"
-        if split and not hasattr(self.pipeline, "do_classifier_free_guidance"):
-            raise AttnCtrlError(
-                f"{type(self.pipeline).__name__} does not tell whether it guides with CFG (do_classifier_free_guidance), so the "
-                "conditional rows cannot be told apart\nHINT: attach to its denoiser alone to control every row"
-            )
-        split = split and bool(self.pipeline.do_classifier_free_guidance)
-        if not split or bound.get("skip_layers") is not None:
-            return tuple(range(batch))
-        if batch % 2:
-            raise AttnCtrlError(
-                f"the pipeline guides with CFG but calls its denoiser with {batch} rows, which are not two halves"
-            )
-        return tuple(range(batch // 2, batch))
+    def _weight(self, control: Control, moment: Moment) -> float:
+        shape = control.schedule.weight
+        return control.scale * (shape(moment.fraction or 0.0, moment.sigma) if shape else 1.0)
 
-    def _when(self, bound: dict) -> tuple[float | None, float | None]:
-        """(fraction of the steps, sigma) of this call, as far as they can be known."""
+    def _channels(self, prediction: torch.Tensor) -> int:
+        """Channels that predict the latents; models with a learned variance return twice as many."""
+        config = self.model.config
+        latent, out = getattr(config, "in_channels", None), getattr(config, "out_channels", None)
+        learned = latent is not None and out == 2 * latent and prediction.shape[1] == out
+        return latent if learned else prediction.shape[1]
+
+    def _when(self, bound: dict) -> Moment:
+        """The moment of this call, as far as it can be known."""
         if self.pipeline is None:
-            return (self._step[0] / self._step[1], None) if self._step is not None else (None, None)
+            return Moment(*self._step, self._step[0] / self._step[1]) if self._step is not None else Moment()
         scheduler = self.pipeline.scheduler
         begin = getattr(scheduler, "begin_index", None) or 0
         index = getattr(scheduler, "step_index", None)
@@ -235,16 +365,16 @@ class Session:
                 )
         sigmas = getattr(scheduler, "sigmas", None)
         sigma = float(sigmas[index]) if sigmas is not None and index < len(sigmas) else None
-        return (index - begin) / count, sigma
+        return Moment(index - begin, count, (index - begin) / count, sigma)
 
-    def _with_regions(self, bound: dict, shapers: tuple[Control, ...]) -> tuple[dict, tuple[int, ...]]:
+    def _with_regions(self, bound: dict, mains: tuple[Control, ...]) -> tuple[dict, tuple[int, ...]]:
         """The call with region prompts appended to its text, and their lengths."""
-        regions = [region for control in shapers for region in control.regions_in_use()]
+        regions = [region for control in mains for region in control.regions_in_use()]
         if not regions:
             return bound, ()
         text = bound[self.family.text]
-        trims = [control.trim_text for control in shapers for _ in control.regions_in_use()]
-        key = (text.shape[1], text.dtype, text.device)
+        trims = [getattr(control, "trim_text", None) for control in mains for _ in control.regions_in_use()]
+        key = (text.shape[1], text.dtype, text.device, mains)
         if key not in self._texts:
             self._texts[key] = [self._encode(r, text).to(text)[:, :trim] for r, trim in zip(regions, trims)]
         states = self._texts[key]
@@ -265,70 +395,217 @@ class Session:
         with torch.no_grad():
             return self.family.encode(self.pipeline, [region.prompt], text.shape[1], text.device)
 
-    def _run(self, call, bound, active, cond, batch, regions):
-        """One pass of the denoiser with controls in force on the conditional rows."""
+    # -- one pass --------------------------------------------------------------------------------------------------------
+
+    def _new_pass(self, bound, active, cond, batch, regions, moment) -> _Pass:
+        lengths, grid = self.family.tokens(bound, self.model) if active else ({}, ())
+        return _Pass(active, cond, batch, lengths, grid, regions, moment)
+
+    def _run(self, call: dict, now: _Pass):
+        """The denoiser, with a pass in force."""
         # some models take entries out of the dictionaries they are given, and there may be another pass
         call = {name: dict(value) if isinstance(value, dict) else value for name, value in call.items()}
-        if not active:
+        if not now.active and not now.keep:
             return self._inner(**call)
-        lengths = {"text": bound[self.family.text].shape[1]}
-        needs_grid = any(control.regions_in_use() for control in active)
-        grid = (
-            self.family.grid(bound, self.model)
-            if needs_grid or self.family.cfg == "batched"
-            else (1, bound[self.family.image].shape[1])
-        )
-        lengths["image"] = grid[0] * grid[1]
-        self._pass = _Pass(active, cond, batch, lengths, grid, regions)
+        self._pass = now
         try:
             with record_kernels() as used:
                 output = self._inner(**call)
             self.kernels.update(used)
-            self._check_effect(self._pass)
+            self._check_effect(now)
         finally:
             self._pass = None
+            self._masked.clear()
         return output
+
+    def _check_cache(self) -> None:
+        if getattr(self.model, "is_cache_enabled", False):
+            raise AttnCtrlError(
+                f"{type(self.model).__name__} caches blocks between steps (enable_cache), and a perturbed pass would mix with that cache\n"
+                "HINT: disable_cache() before attaching a control that guides"
+            )
+
+    def _to_keep(self, guides: tuple[Control, ...]) -> frozenset[str]:
+        """Units whose output the perturbed passes will need."""
+        if not self.prefix_reuse or self.model.training:
+            return frozenset()
+        firsts = [self._first[control] for control in guides]
+        if self._chain:
+            return frozenset(self._units[first - 1] for first in firsts if first)
+        return frozenset(self._units[: max(firsts)])
+
+    def _resume(self, weak: _Pass, plain: _Pass, control: Control) -> None:
+        """Lets a perturbed pass begin at its first perturbed unit, from what the plain pass kept."""
+        first = self._first[control]
+        if not plain.keep or first == 0:
+            return
+        needed = self._units[first - 1 : first] if self._chain else self._units[:first]
+        if all(path in plain.kept and plain.kept[path].intact for path in needed):
+            weak.reuse, weak.kept = first, plain.kept
+            weak.left_out.update(self._units[:first])
+        else:
+            self._note("no prefix reuse: the model changes the outputs of its blocks in place, or does not call them")
+
+    def _through(self, gate: Gate, args: tuple, kwargs: dict):
+        """What the call of a gated module returns."""
+        now = self._pass
+        if now is None:
+            return gate.inner(args, kwargs)
+        if now.reuse and gate.path in self._units and self._units.index(gate.path) < now.reuse:
+            if gate.path in now.kept:
+                return now.kept[gate.path].value
+            block = self._by_path[gate.path]
+            return gate.pack(block, gate.streams(block, args, kwargs))
+        edits = [control for control in now.active if gate.path in self._edited[control]]
+        output = self._edit_block(gate, now, edits, args, kwargs) if edits else gate.inner(args, kwargs)
+        if gate.path in now.keep:
+            now.kept[gate.path] = Kept(pick_rows(output, now.rows, now.batch))
+        return output
+
+    def _edit_block(self, gate: Gate, now: _Pass, edits: list[Control], args: tuple, kwargs: dict):
+        """The block under the controls that edit it, innermost first."""
+        block = self._by_path[gate.path]
+        before = gate.streams(block, args, kwargs)
+        ran = []
+
+        def run(streams):
+            ran.append(True)
+            return gate.run(block, streams, args, kwargs)
+
+        for control in edits:
+            run = self._edited_run(control, block, now, before, run)
+        out = run(before)
+        if not ran:
+            now.left_out.add(block.path)
+        return gate.pack(block, out)
+
+    def _edited_run(self, control: Control, block, now: _Pass, before: dict, inner):
+        rows = now.rows_of(control)
+
+        def run(streams):
+            if not rows:
+                return inner(streams)
+            out = control.edit_block(block, streams, self._tokens_of(block, before, now), now.moment, inner)
+            if len(rows) < now.batch:  # the other rows as the block itself makes them
+                plain, index = inner(streams), torch.tensor(rows)
+                for name, value in plain.items():
+                    value = value.clone()
+                    value[index] = out[name][index]
+                    plain[name] = value
+                out = plain
+            now.seen.add(block.path)
+            self.hits[control][block.path] += 1
+            return out
+
+        return run
+
+    def _tokens_of(self, block, streams: dict, now: _Pass) -> Tokens:
+        """The layout of a block's attention, with the lengths that the block really gets where the family cannot tell."""
+        known = {name: value.shape[1] for name, value in streams.items() if now.lengths.get(name) is None}
+        return self._lay_out(block.streams, {**now.lengths, **known}, now)
+
+    def _lay_out(self, streams: tuple[str, ...], lengths: dict[str, int | None], now: _Pass) -> Tokens:
+        missing = [stream for stream in streams if lengths.get(stream) is None]
+        if missing:
+            raise AttnCtrlError(f"the number of {' and '.join(missing)} tokens differs between the rows of this batch")
+        coarse = now.lengths.get("image") is None and len(now.grid) == 2
+        grid = _coarser(now.grid, lengths["image"]) if coarse else now.grid
+        return lay_out(streams, lengths, grid, now.regions if "text" in streams else ())
 
     def _check_effect(self, done: _Pass) -> None:
         for control in done.active:
-            missed = set(self._strengths[control]) - done.seen
+            if not done.rows_of(control):
+                continue
+            expected = {*self._strengths[control], *self._edited[control]}
+            expected = {path for path in expected if not _inside(path, done.left_out) or path in self._edited[control]}
+            missed = expected - done.seen
             if missed:
                 raise AttnCtrlError(
-                    f"{control.name} did not take effect at {len(missed)} of {len(self._strengths[control])} sites, e.g. {min(missed)}: "
+                    f"{control.name} did not take effect at {len(missed)} of {len(expected)} sites, e.g. {min(missed)}: "
                     "the model did not run them through its attention processor"
                 )
 
-    # -- what processors ask ---------------------------------------------------------------------------------------------
+    # -- what processors ask -----------------------------------------------------------------------------------------------
 
-    def plans_for(self, site: Site) -> tuple[list[Plan], int]:
-        """The plans in force at a site and the length of its sequence; no plans outside a controlled pass."""
-        now = self._pass
-        if now is None:
-            return [], 0
-        tokens = lay_out(site.streams, now.lengths, now.grid, now.regions if "text" in site.streams else ())
+    def controls_site(self, site: Site) -> bool:
+        """Whether a control of the running pass touches a site."""
+        return self._pass is not None and any(site.path in self._strengths[control] for control in self._pass.active)
+
+    def expects(self, site: Site) -> str:
+        lengths = self._pass.lengths
+        return " + ".join(str(lengths.get(stream, "?")) for stream in site.streams)
+
+    def plans_for(self, site: Site, shape: torch.Size, n_k: int, mask: torch.Tensor | None) -> list[Plan] | None:
+        """Plans for an attention call at a site; None when the call is not the site's own, by its length.
+
+        Args:
+            shape: of the queries, (B, H, n_q, D).
+        """
+        now, n_q = self._pass, shape[2]
         controls = tuple(control for control in now.active if site.path in self._strengths[control])
-        key = (site.path, controls, tokens, now.cond, now.batch)
+        if shape[0] != now.batch:
+            with self._named(controls, site):
+                raise AttnCtrlError(
+                    f"the model attends to {shape[0]} rows at a time here, of a batch of {now.batch}, so its rows cannot be told apart"
+                )
+        if site.kind == "cross":
+            text = now.lengths.get("text") or n_k - sum(now.regions)
+            ends = list(accumulate((text, *now.regions)))
+            names = ("text", *(f"region:{i}" for i in range(len(now.regions))))
+            tokens = Tokens(tuple(zip(names, (0, *ends), ends)), now.grid)
+            fits = tokens.length == n_k
+        else:
+            known = {"image": n_q} if site.streams == ("image",) and now.lengths.get("image") is None else {}
+            with self._named(controls, site):
+                tokens = self._lay_out(site.streams, {**now.lengths, **known}, now)
+            fits = tokens.length == n_q == n_k
+        if not fits:
+            return None
+        key = (site.path, controls, tokens, now.cond, now.batch, n_q)
         if key not in self._plans:
-            self._plans[key] = self._plan(site, tokens, controls, now)
-        return self._plans[key], tokens.length
+            self._plans[key] = self._plan(site, tokens, controls, now, n_q, n_k)
+        if mask is None or not self._plans[key]:
+            return self._plans[key]
+        under = (id(mask), key)
+        if under not in self._masked:
+            with self._named(controls, site):
+                masked = [with_mask(plan, pick_mask(mask, plan), n_q, n_k) for plan in self._plans[key]]
+            self._masked[under] = (mask, masked)
+        return self._masked[under][1]
 
-    def _plan(self, site: Site, tokens: Tokens, controls: tuple[Control, ...], now: _Pass) -> list[Plan]:
-        edits = [control.edit(site, tokens, self._strengths[control][site.path]) for control in controls]
-        segments = tuple(segment for edit in edits for segment in edit.segments)
-        lerps = tuple(lerp for edit in edits for lerp in edit.lerps)
-        everyone = len(now.cond) == now.batch
-        plans = [Plan(segments=segments, lerps=lerps, rows=None if everyone else now.cond)]
-        others = tuple(row for row in range(now.batch) if row not in now.cond)
-        aside = tuple(s for control in controls for s in control.bystander(site, tokens).segments)
-        if others and aside:
-            plans.append(Plan(segments=aside, rows=others))
-        plans = [plan for plan in plans if not plan.is_plain]
-        for plan in plans:
-            try:
-                plan.check(tokens.length, tokens.length, site.heads, now.batch)
-            except AttnCtrlError as error:
-                names = ", ".join(control.name for control in controls)
-                raise AttnCtrlError(f"{names} on {self.family.name}, {site.path}: {error}") from None
+    @contextmanager
+    def _named(self, controls, site: Site):
+        """Errors of the engine, with the controls and the site that they are about."""
+        try:
+            yield
+        except AttnCtrlError as error:
+            names = ", ".join(control.name for control in controls)
+            raise AttnCtrlError(f"{names} on {self.family.name}, {site.path}: {error}") from None
+
+    def _plan(self, site: Site, tokens: Tokens, controls, now: _Pass, n_q: int, n_k: int) -> list[Plan]:
+        plans = []
+        for branch in ("cond", "uncond"):
+            mine = [control for control in controls if control.branch == branch]
+            others = [control for control in controls if control.branch != branch]
+            rows = tuple(row for row in range(now.batch) if (row in now.cond) == (branch == "cond"))
+            if not rows:
+                continue
+            edits = [control.edit(site, tokens, self._strengths[control][site.path]) for control in mine]
+            edits += [control.bystander(site, tokens) for control in others]
+            scales = [edit.head_scale for edit in edits if edit.head_scale is not None]
+            negatives = [edit.negative for edit in edits if edit.negative is not None]
+            plan = Plan(
+                segments=tuple(segment for edit in edits for segment in edit.segments),
+                lerps=tuple(lerp for edit in edits for lerp in edit.lerps),
+                head_scale=torch.stack(scales).prod(0) if scales else None,
+                negative=negatives[0] if negatives else None,
+                rows=None if len(rows) == now.batch else rows,
+            )
+            if not plan.is_plain:
+                plans.append(plan)
+        with self._named(controls, site):
+            for plan in plans:
+                plan.check(n_q, n_k, site.heads, now.batch)
         return plans
 
     def mark(self, site: Site) -> None:
@@ -337,6 +614,10 @@ class Session:
         for control in self._pass.active:
             if site.path in self._strengths[control]:
                 self.hits[control][site.path] += 1
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
 
     # -- what people ask -----------------------------------------------------------------------------------------------------
 
@@ -348,35 +629,71 @@ class Session:
                 lines.append(f"  {control.name}: neutral, not attached")
                 continue
             hits = self.hits[control]
-            sites = len(self._strengths[control])
+            sites, edited = len(self._strengths[control]), len(self._edited[control])
+            where = ", ".join(f"{count} {name}" for count, name in ((sites, "sites"), (edited, "blocks")) if count)
             acted = f"acted {sum(hits.values())} times" if hits else "has not acted yet"
-            lines.append(f"  {control.name}: {sites} sites, {acted}")
+            lines.append(f"  {control.name}: {where}, {acted}")
         if self.calls:
             lines.append("  denoiser: " + ", ".join(f"{count} {name}" for name, count in self.calls.items()))
+        if passes := self.calls["perturbed passes"]:
+            ran, whole = self.calls["perturbed blocks"] / passes, len(self.blocks)
+            lines.append(
+                f"  prefix reuse: a perturbed pass ran {ran:g} of {whole} blocks, {1 - ran / whole:.0%} saved"
+            )
+        lines += [f"  note: {note}" for note in self.notes]
         if self.kernels:
             lines.append("  kernels: " + ", ".join(f"{name} × {count}" for name, count in self.kernels.most_common()))
         return "\n".join(lines)
 
 
-def attach(target: Any, *controls: Control) -> Session:
+_REPLACED = ("forward", "cache_context")
+
+
+def attach(target: Any, *controls: Control, prefix_reuse: bool = True) -> Session:
     """Attaches controls to a pipeline or a denoiser; detach with the session's `detach`, or use it in a `with` statement.
 
     Args:
         target: a diffusers pipeline, or its denoiser alone.
         controls: any set of controls; neutral ones (strength 0, no regions) are not attached and cost nothing.
+        prefix_reuse: perturbed passes start at their first perturbed block, from what the plain pass computed; exact.
 
     Raises:
         AttnCtrlError: unknown family, layer or head, no match, or two controls that exclude each other.
     """
-    return Session(target, *controls).attach()
+    return Session(target, *controls, prefix_reuse=prefix_reuse).attach()
 
 
 def _sample(output) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output.sample
+    sample = output[0] if isinstance(output, tuple) else output.sample
+    return torch.stack(list(sample)) if isinstance(sample, (list, tuple)) else sample
 
 
 def _replace(output, sample: torch.Tensor):
+    before = output[0] if isinstance(output, tuple) else output.sample
+    value = list(sample.unbind()) if isinstance(before, (list, tuple)) else sample
     if isinstance(output, tuple):
-        return (sample, *output[1:])
-    output.sample = sample
+        return (value, *output[1:])
+    output.sample = value
     return output
+
+
+def _inside(path: str, paths: set[str]) -> bool:
+    """Whether a module is one of `paths` or lies in one."""
+    return any(path == other or path.startswith(f"{other}.") for other in paths)
+
+
+def _coarser(grid: tuple[int, ...], length: int) -> tuple[int, ...]:
+    """The grid of `length` tokens among the halvings of a grid, as the levels of a UNet make them."""
+    rows, columns = grid
+    while rows * columns > length and rows * columns > 1:
+        rows, columns = -(-rows // 2), -(-columns // 2)
+    if rows * columns != length:
+        raise AttnCtrlError(f"no halving of a grid of {grid[0]} x {grid[1]} has {length} image tokens")
+    return rows, columns
+
+
+def pick_mask(mask: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """The rows of an attention mask that a plan is for."""
+    if plan.rows is None or mask.ndim < 3 or mask.shape[0] == 1:
+        return mask
+    return mask[list(plan.rows)]

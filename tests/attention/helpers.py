@@ -8,7 +8,7 @@ import random
 import torch
 from torch import Tensor
 
-from attnctrl.attention import KeyGroup, Lerp, Plan, Segment, as_tokens
+from attnctrl.attention import KeyGroup, Lerp, NegativeText, Plan, Segment, as_tokens
 from attnctrl.attention.groups import Tokens
 
 
@@ -98,15 +98,39 @@ def random_segments(
 
 
 def random_plan(n: int, rng: random.Random, *, batch: int, heads: int, keep: int = 0) -> Plan:
-    """Overlapping weighted segments, up to two lerps, sometimes a head scale."""
+    """Overlapping weighted segments or a negative text, up to two lerps, sometimes a head scale."""
     segments: tuple[Segment, ...] = ()
-    if rng.random() < 0.8:
+    negative = random_negative(n, rng) if rng.random() < 0.2 else None
+    if negative is None and rng.random() < 0.8:
         segments = random_segments(n, n, rng, batch=batch, heads=heads, keep=keep)
         if rng.random() < 0.4:
             segments = overlapped(segments, random_segments(n, n, rng, batch=batch, heads=heads, keep=keep), rng)
     lerps = tuple(random_lerp(n, rng, batch, heads) for _ in range(rng.randint(0, 2)))
     head_scale = torch.rand(heads, generator=_generator(rng)) + 0.5 if rng.random() < 0.3 else None
-    return Plan(segments, lerps, head_scale)
+    return Plan(segments, lerps, head_scale, negative=negative)
+
+
+def random_negative(n: int, rng: random.Random) -> NegativeText:
+    """Image, prompt and negative prompt of a joint sequence, in any order."""
+    image, positive, negative = rng.sample(split(n, 3, rng), 3)
+    scale, tau = rng.choice((0.5, 2.0, 5.0)), rng.choice((1.2, 2.5, 20.0))
+    return NegativeText(image, positive, negative, scale, tau, rng.choice((0.25, 1.0)), rng.choice(("l1", "l2")))
+
+
+def random_mask(n_k: int, rng: random.Random, batch: int, heads: int, keep: int = 0) -> Tensor:
+    """A key padding mask, bool or additive, in which key ``keep`` is open."""
+    shape = (rng.choice((1, batch)), rng.choice((1, heads)), 1, n_k)
+    mask = torch.rand(shape, generator=_generator(rng)) < 0.7
+    mask[..., keep] = True
+    return mask if rng.random() < 0.5 else torch.where(mask, 0.25, rng.choice((-1e4, -math.inf)))
+
+
+def growth(plan: Plan) -> float:
+    """By how much a plan may enlarge an error of attention: s Z+ - (s - 1) Z-, and twice that for the norms' ratio."""
+    if plan.negative is None:
+        return 1.0
+    scale = plan.negative.scale
+    return 1 + 2 * plan.negative.alpha * (abs(scale) + abs(scale - 1))
 
 
 def overlapped(left: tuple[Segment, ...], right: tuple[Segment, ...], rng: random.Random) -> tuple[Segment, ...]:
@@ -125,8 +149,14 @@ def random_lerp(n: int, rng: random.Random, batch: int, heads: int) -> Lerp:
     strength[torch.rand(shape, generator=_generator(rng)) < 0.3] = 0.0
     strength[torch.rand(shape, generator=_generator(rng)) < 0.2] = 1.0
     region = None if rng.random() < 0.4 else random_tokens(n, rng)
-    target = rng.choice(("identity", "uniform", "mean_query", "argmax"))
-    return Lerp(target, strength, region, rng.choice(("mask", "mass")))
+    target = rng.choice(("identity", "uniform", "mean_query", "argmax", "smoothed"))
+    mode = rng.choice(("mask", "mass"))
+    if target != "smoothed":
+        return Lerp(target, strength, region, mode)
+    tokens = n if region is None else size(region)
+    rows = rng.choice([d for d in range(1, tokens + 1) if tokens % d == 0])
+    grid = (rows, tokens // rows) if rng.random() < 0.7 else (rows, 1, tokens // rows)
+    return Lerp(target, strength, region, mode, sigma=rng.choice((0.4, 1.0, 3.0, 50.0, math.inf)), grid=grid)
 
 
 def _bias(tokens: Tokens, rng: random.Random, batch: int, heads: int) -> float | Tensor:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from attnctrl.attention import KeyGroup, Lerp, Plan, Segment, run
+from attnctrl.attention import KeyGroup, Lerp, NegativeText, Plan, Segment, run
 from attnctrl.errors import AttnCtrlError
 
 from .helpers import qkv
@@ -18,6 +18,7 @@ def test_plain():
     assert not Plan(lerps=(Lerp("identity", torch.tensor([0.0, 0.1])),)).is_plain
     assert not Plan(head_scale=torch.ones(4)).is_plain
     assert not Plan((Segment(slice(0, None), ALL),)).is_plain
+    assert not Plan(negative=NegativeText(slice(0, 4), slice(4, 6), slice(6, 8))).is_plain
 
 
 def test_a_lerp_knows_its_heads():
@@ -87,6 +88,15 @@ WRONG = {
     "head 7 of 4": Plan(lerps=(Lerp("uniform", torch.ones(4), heads=(7,)),)),
     "strength is not finite": Plan(lerps=(Lerp("uniform", torch.full((4,), math.nan)),)),
     "head_scale is (3,)": Plan(head_scale=torch.ones(3)),
+    "segments and a negative text exclude each other": Plan(
+        (Segment(slice(0, 8), ALL),), negative=NegativeText(slice(0, 8), slice(0, 5), slice(5, 10))
+    ),
+    "image is 4 of 8 queries": Plan(negative=NegativeText(slice(0, 4), slice(4, 6), slice(6, 10))),
+    "positive: tokens 8..11 reach outside": Plan(negative=NegativeText(slice(0, 8), slice(8, 12), slice(0, 8))),
+    "negative is empty": Plan(negative=NegativeText(slice(0, 8), slice(0, 10), slice(3, 3))),
+    "2 keys are positive and negative": Plan(negative=NegativeText(slice(0, 8), slice(0, 6), slice(4, 10))),
+    "a grid of 2 x 3 for 8 rows": Plan(lerps=(Lerp("smoothed", torch.ones(4), sigma=1.0, grid=(2, 3)),)),
+    "a grid of 2 x 3 for 5 rows": Plan(lerps=(Lerp("smoothed", torch.ones(4), slice(0, 5), sigma=1.0, grid=(2, 3)),)),
     "rows (0, 0) are empty or repeat": Plan(rows=(0, 0)),
     "rows (5,) are not all in a batch of 2": Plan(rows=(5,)),
     "head_scale is (3, 4) for 1 rows": Plan(head_scale=torch.ones(3, 4), rows=(0,)),
@@ -98,6 +108,46 @@ def test_check_says_what_is_wrong(reason):
     with pytest.raises(AttnCtrlError) as caught:
         WRONG[reason].check(8, 10, heads=4, batch=2)
     assert reason in str(caught.value)
+
+
+JOINT = {
+    "2 tokens are image and text": NegativeText(slice(0, 5), slice(3, 6), slice(6, 8)),
+    "1 tokens are image and text": NegativeText(slice(0, 5), slice(5, 6), slice(4, 5)),
+}
+
+
+@pytest.mark.parametrize("reason", JOINT)
+def test_a_negative_text_divides_a_joint_sequence(reason):
+    with pytest.raises(AttnCtrlError, match=reason):
+        Plan(negative=JOINT[reason]).check(8, 8)
+    with pytest.raises(AttnCtrlError, match=reason):
+        run(*qkv(1, 2, 8), Plan(negative=JOINT[reason]))
+
+
+@pytest.mark.parametrize(
+    "wrong, reason",
+    [
+        ({"sigma": 1.0}, "needs the grid"),
+        ({"sigma": 0.0, "grid": (2, 2)}, "sigma 0.0 is not above 0"),
+        ({"sigma": 1.0, "grid": (4,)}, r"grid \(4,\) is not"),
+        ({"sigma": math.nan, "grid": (2, 0)}, "sigma nan is not above 0; grid"),
+    ],
+)
+def test_a_wrong_smoothing_is_refused(wrong, reason):
+    with pytest.raises(AttnCtrlError, match=reason):
+        Lerp("smoothed", torch.ones(2), **wrong)
+
+
+def test_sigma_belongs_to_smoothing():
+    with pytest.raises(AttnCtrlError, match="belongs to target 'smoothed'"):
+        Lerp("uniform", torch.ones(2), sigma=2.0)
+
+
+def test_a_wrong_negative_text_names_everything():
+    with pytest.raises(AttnCtrlError) as caught:
+        NegativeText(slice(0, 4), slice(4, 6), slice(6, 8), scale=math.nan, tau=0.0, alpha=1.5, norm="l3")
+    for reason in ("scale nan", "tau 0.0", "alpha 1.5", "norm 'l3'"):
+        assert reason in str(caught.value)
 
 
 def test_check_lists_every_reason():

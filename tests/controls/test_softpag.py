@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -5,6 +7,7 @@ import attnctrl as ac
 
 from ..dense import DenseAttention, plain, scores
 from ..models import flux_call, sd3_call, tiny_flux, tiny_sd3
+from ..pipelines import tiny_sd3_pipeline
 
 
 FAMILIES = {
@@ -205,3 +208,57 @@ def test_float64_and_bfloat16_run():
         model = tiny_sd3().to(dtype)
         with torch.no_grad(), ac.attach(model, ac.SoftPAG(heads="1.1", region="image")):
             assert model(**sd3_call(dtype=dtype))[0].isfinite().all()
+
+
+SETS = ["0.1,2.3", None, "1.2:0.5", "2.3"]
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    made = tiny_sd3_pipeline(tmp_path_factory.mktemp("tokenizer"))
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def latents(pipe, rows, heads, guidance_scale: float) -> torch.Tensor:
+    """Latents of some of four prompts with the noise of their numbers."""
+    prompts = ["a red cat", "a blue car", "a green tree", "a black fish"]
+    with ac.attach(pipe, ac.SoftPAG(heads=heads, strength=0.8)) if heads is not None else nullcontext():
+        return pipe(
+            [prompts[row] for row in rows],
+            generator=[torch.Generator().manual_seed(row) for row in rows],
+            num_inference_steps=3,
+            guidance_scale=guidance_scale,
+            max_sequence_length=1,
+            output_type="latent",
+        ).images
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 4.0])
+def test_every_image_of_a_batch_has_its_own_heads(pipe, guidance_scale):
+    together = latents(pipe, range(4), ac.HeadBatch(SETS), guidance_scale)
+    for row, heads in enumerate(SETS):
+        alone = latents(pipe, [row], heads, guidance_scale)
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-3, atol=1e-4)
+        if heads is not None:
+            assert (together[row] - latents(pipe, [row], None, guidance_scale)[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("images", [1, 2, 4])
+def test_a_batch_of_another_size_is_told(pipe, images):
+    with pytest.raises(ac.AttnCtrlError, match=rf"(?s)SoftPAG.*\b3\b.*\b{images}\b"):
+        latents(pipe, range(images), ac.HeadBatch(["0.1", None, "2.3"]), 4.0)
+
+
+def test_batches_of_sets_are_checked_and_may_be_neutral(pipe):
+    assert ac.SoftPAG(heads=ac.HeadBatch([None, "0.1:0"])).neutral
+    assert not ac.SoftPAG(heads=ac.HeadBatch([None, "0.1"])).neutral
+    assert torch.equal(latents(pipe, [0, 1], ac.HeadBatch([None, None]), 4.0), latents(pipe, [0, 1], None, 4.0))
+    with pytest.raises(ac.AttnCtrlError, match="leaves 0-1"):
+        ac.SoftPAG(heads=ac.HeadBatch([None, "0.1:2"]))
+    with pytest.raises(ac.AttnCtrlError, match="layer 9"):
+        ac.attach(pipe, ac.SoftPAG(heads=ac.HeadBatch([None, "9.0"])))
+    kept = ac.SoftPAG(heads=ac.HeadBatch(["0.1", "2.3"]), layers="2").touches(ac.attach(pipe).sites)
+    assert {path: weight.tolist() for path, weight in kept.items()} == {
+        "transformer_blocks.2.attn": [[0, 0, 0, 0], [0, 0, 0, 1]]
+    }

@@ -1,5 +1,6 @@
 import inspect
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 import attnctrl as ac
 
+from ..dense import DenseAttention, plain
 from ..models import flux_call, sd3_call, tiny_flux, tiny_sd3
 
 
@@ -149,15 +151,29 @@ def test_controls_that_cannot_act_are_loud():
         model(**sd3_call())
 
 
-def test_masked_attention_is_loud():
+@pytest.mark.parametrize("target", ["identity", "uniform"])
+def test_the_models_own_padding_mask_stays_in_force(target):
     model, inputs = tiny_flux(), flux_call()
-    inputs["joint_attention_kwargs"] = {"attention_mask": torch.ones(2, 1, 21, 21, dtype=torch.bool)}
-    with (
-        torch.no_grad(),
-        ac.attach(model, ac.SoftPAG(heads="1.1")),
-        pytest.raises(ac.AttnCtrlError, match="masks this attention"),
-    ):
-        model(**inputs)
+    mask = torch.ones(2, 1, 1, 21, dtype=torch.bool)
+    mask[1, ..., 3:5] = False  # padded text
+    inputs["joint_attention_kwargs"] = {"attention_mask": mask}
+
+    def formula(index, q, k, v, perturbed):
+        out = plain(q, k, v, mask)
+        if perturbed and index == 1:
+            mean = (v * mask.transpose(-1, -2)).sum(2, keepdim=True) / mask.sum(-1, keepdim=True)
+            out[:, 1] = torch.lerp(out[:, 1], v[:, 1] if target == "identity" else mean[:, 1].expand_as(out[:, 1]), 0.7)
+        return out
+
+    with torch.no_grad():
+        with DenseAttention(partial(formula, perturbed=False)):
+            cond = model(**inputs)[0]
+        with DenseAttention(partial(formula, perturbed=True)):
+            weak = model(**inputs)[0]
+        with ac.attach(model, ac.SoftPAG(heads="1.1", target=target, strength=0.7, scale=2.0)):
+            guided = model(**inputs)[0]
+    torch.testing.assert_close(guided, cond + 2 * (cond - weak), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(guided, cond, atol=1e-3)
 
 
 def test_window_on_a_bare_denoiser():
