@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Control attention in diffusion models.")
 
 REGIONS, HEADS, MODEL, PICTURES, FILES = "Regions", "Perturbed heads (SoftPAG)", "Model", "Pictures", "Files"
+SEARCH = "Search"
 EARLY = 0.3  # share of the steps that isolated regions rule unless asked otherwise; the paper recommends 5 to 10 of 24
 
 
@@ -257,6 +258,150 @@ def generate(
             typer.echo(made)
         elif report:
             typer.echo(made, err=True)
+
+
+@app.command(no_args_is_help=True)
+def hunt(
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What candidates draw. Repeat it.", rich_help_panel=SEARCH)
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts, one a line.", rich_help_panel=SEARCH)
+    ] = None,
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="What pictures are scored by: icons (built-in models), open_clip:MODEL:PRETRAINED, torchmetrics:METRIC:MODEL, or "
+            "package.module:function, called as f(images, prompts).",
+            rich_help_panel=SEARCH,
+        ),
+    ] = "icons",
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0,1,…",
+            help="Noise seeds; every prompt is drawn with each.",
+            show_default="one picture a prompt, prompt i with SEED + i",
+            rich_help_panel=SEARCH,
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(rich_help_panel=SEARCH)] = 5,
+    per_round: Annotated[int, typer.Option(help="Heads chosen in a round.", rich_help_panel=SEARCH)] = 3,
+    pool: Annotated[
+        str | None,
+        typer.Option(
+            help="Heads that may be chosen: '3.5,4.2' or a head-set file.", show_default="all", rich_help_panel=SEARCH
+        ),
+    ] = None,
+    min_layer: Annotated[
+        int | None, typer.Option(help="Leave out the layers before.", show_default="0", rich_help_panel=SEARCH)
+    ] = None,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="full: every head on every prompt; halving: worse heads drop out after a quarter and a half of them.",
+            rich_help_panel=SEARCH,
+        ),
+    ] = "full",
+    scale: Annotated[float, typer.Option(help="Weight of the guidance.", rich_help_panel=HEADS)] = 3.0,
+    strength: Annotated[
+        float, typer.Option(help="How far heads are moved to the target, 0-1.", rich_help_panel=HEADS)
+    ] = 1.0,
+    target: Annotated[str, typer.Option(help="identity, uniform or mean_query.", rich_help_panel=HEADS)] = "identity",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A built-in model, a local folder or a hub id.", rich_help_panel=MODEL)
+    ] = "builtin:icons-t2i",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, float16 or bfloat16.", show_default="bfloat16 on CUDA, else float32", rich_help_panel=MODEL
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.", show_default="the best", rich_help_panel=MODEL)
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Variant of the weight files, such as fp16.", rich_help_panel=MODEL)
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision on the hub.", rich_help_panel=MODEL)] = None,
+    lora: Annotated[
+        str | None, typer.Option(help="LoRA weights: a file, folder or hub id.", rich_help_panel=MODEL)
+    ] = None,
+    attention_backend: Annotated[
+        str | None,
+        typer.Option(help="diffusers' attention backend where no control acts.", rich_help_panel=MODEL),
+    ] = None,
+    cpu_offload: Annotated[
+        bool, typer.Option("--cpu-offload", help="Keep parts that do not work on the CPU.", rich_help_panel=MODEL)
+    ] = False,
+    seed: Annotated[
+        int, typer.Option(help="See --seeds; also the order of prompts in halving.", rich_help_panel=PICTURES)
+    ] = 0,
+    steps: Annotated[int, typer.Option(rich_help_panel=PICTURES)] = 20,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Classifier-free guidance during the search.", show_default="none", rich_help_panel=PICTURES
+        ),
+    ] = None,
+    height: Annotated[int | None, typer.Option(show_default="the model's", rich_help_panel=PICTURES)] = None,
+    width: Annotated[int | None, typer.Option(show_default="the model's", rich_help_panel=PICTURES)] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures made at a time.", rich_help_panel=PICTURES)] = 8,
+    max_sequence_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Text tokens of the long encoder; 1 is enough for built-in models.",
+            show_default="the pipeline's",
+            rich_help_panel=PICTURES,
+        ),
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of scores and results. The same command goes on where it was stopped.",
+            rich_help_panel=FILES,
+        ),
+    ] = Path("hunt"),
+) -> None:
+    """Search for the heads whose perturbation serves an objective (HeadHunter).
+
+    The written files are printed, one a line: the head set for `generate --heads`, a map, and every head's score.
+    """
+    from .hunt import Search, run_search
+
+    search = Search(
+        prompts=tuple(prompt or ()),
+        file=prompts,
+        objective=objective,
+        seeds=seeds,
+        model=model,
+        dtype=dtype,
+        device=device,
+        variant=variant,
+        revision=revision,
+        lora=lora,
+        attention_backend=attention_backend,
+        cpu_offload=cpu_offload,
+        output=output,
+        options={
+            "rounds": rounds,
+            "per_round": per_round,
+            "pool": pool,
+            "min_layer": min_layer,
+            "strategy": strategy,
+            "scale": scale,
+            "strength": strength,
+            "target": target,
+            "seed": seed,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "batch_size": batch_size,
+        },
+        call={"height": height, "width": width, "max_sequence_length": max_sequence_length},
+    )
+    for path in run_search(search):
+        typer.echo(path)
 
 
 @app.command(no_args_is_help=True)
