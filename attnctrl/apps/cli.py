@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Control attention in diffusion models.")
 
 REGIONS, HEADS, MODEL, PICTURES, FILES = "Regions", "Perturbed heads (SoftPAG)", "Model", "Pictures", "Files"
+CONTROLS = "Any control"
 SEARCH = "Search"
 EARLY = 0.3  # share of the steps that isolated regions rule unless asked otherwise; the paper recommends 5 to 10 of 24
 
@@ -129,6 +130,15 @@ def generate(
     stop: Annotated[
         float | None,
         typer.Option(help="Perturb before this fraction of the steps.", show_default="1", rich_help_panel=HEADS),
+    ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME(…)",
+            help="Any control by its Python name, 'SkipLayers(layers=4, scale=2.0)'. Repeat it. `attnctrl inspect` lists which a model "
+            "carries.",
+            rich_help_panel=CONTROLS,
+        ),
     ] = None,
     model: Annotated[
         str, typer.Option("--model", "-m", help="A built-in model, a local folder or a hub id.", rich_help_panel=MODEL)
@@ -252,7 +262,7 @@ def generate(
         "start": start,
         "stop": stop,
     }
-    controls = build_controls(region or (), regional, heads, layers, perturbing)
+    controls = build_controls(region or (), regional, heads, layers, perturbing, control or ())
     for made in run(job, controls):
         if isinstance(made, Path):
             typer.echo(made)
@@ -424,7 +434,12 @@ def show(image: Annotated[Path, typer.Argument(help="A PNG of `attnctrl generate
 
 
 def build_controls(
-    regions: Sequence[str], regional: dict[str, Any], heads: str | None, layers: str | None, perturbing: dict[str, Any]
+    regions: Sequence[str],
+    regional: dict[str, Any],
+    heads: str | None,
+    layers: str | None,
+    perturbing: dict[str, Any],
+    others: Sequence[str] = (),
 ) -> list[Control]:
     """The controls that the options ask for. Options without the one that switches their control on are refused."""
     regional = {name: value for name, value in regional.items() if value is not None}
@@ -443,12 +458,13 @@ def build_controls(
         regional.setdefault("stop", EARLY)
     if not math.isfinite(perturbing.get("scale", 0)):
         raise AttnCtrlError(f"--scale {perturbing['scale']} is not a number")
-    if heads is None and layers is None and not regions:
+    if heads is None and layers is None and not regions and not others:
         return []
     from .._quiet import quiet_imports
 
     with quiet_imports():
         from ..controls import RegionalPrompts, SoftPAG
+        from ..controls.spec import parse_control
 
     controls: list[Control] = []
     if regions:
@@ -457,7 +473,7 @@ def build_controls(
             raise AttnCtrlError("a region has no prompt\nHINT: --region 'a red cat@0,0,0.5,1'")
     if heads is not None or layers is not None:
         controls.append(SoftPAG(heads=heads, layers=layers, **perturbing))
-    return controls
+    return controls + [parse_control(text) for text in others]
 
 
 def _flags(names) -> str:

@@ -156,7 +156,7 @@ def run(job: Job, controls: Sequence[Control]) -> Iterator[Path | str]:
 
     if job.compare and not controls:
         raise AttnCtrlError(
-            "--compare has nothing to compare: no control was asked for\nHINT: --heads, --layers or --region"
+            "--compare has nothing to compare: no control was asked for\nHINT: --heads, --layers, --region or --control"
         )
     pipeline, made = load_pipeline(job)
     arguments = call_arguments(job, pipeline)
@@ -252,16 +252,12 @@ def sample(pipeline: Any, arguments: dict[str, Any], seeds: Sequence[int], bar: 
 
 def describe(control: Control) -> dict[str, Any]:
     """A control with all its arguments as JSON. A region's mask is stored whole."""
+    from ..controls.spec import plain_value
+
     facts: dict[str, Any] = {"control": control.name}
     for name in control.__dataclass_fields__:
         value = getattr(control, name)
-        if name == "heads" and value is not None:
-            value = [list(head) for head in value.heads]
-        elif name == "regions":
-            value = [_region(region) for region in value]
-        elif callable(value):
-            value = repr(value)
-        facts[name] = value
+        facts[name] = [_region(region) for region in value] if name == "regions" else plain_value(value)
     return facts
 
 
@@ -284,17 +280,32 @@ def settings_text(request: dict[str, Any]) -> str:
             heads = " ".join(f"{layer}.{head}" for layer, head, _ in control["heads"] or ()) or "all"
             where = f"heads {heads}" + (f", layers {control['layers']}" if control["layers"] is not None else "")
             facts = f"{where}, {control['target']}, strength {control['strength']:g}, scale {control['scale']:g}"
-        else:
+        elif control["control"] == "RegionalPrompts":
             facts = f"base weight {control['base_weight']:g}, overlap {control['overlap']}" + (
                 "" if control["isolate"] else ", not isolated"
             )
+        else:
+            hidden = ("control", "start", "stop")
+            facts = ", ".join(f"{k} {_short(v)}" for k, v in control.items() if k not in hidden and v is not None)
         window = (
             ""
-            if (control["start"], control["stop"]) == (0, 1)
+            if (control.get("start", 0), control.get("stop", 1)) == (0, 1)
             else f", steps {control['start']:g}-{control['stop']:g}"
         )
         parts.append(f"{control['control']} ({facts}{window})")
     return "  ·  ".join(parts)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return (
+            " ".join(
+                ".".join(f"{part:g}" if isinstance(part, float) else str(part) for part in item[:2]) for item in value
+            )
+            if (value and isinstance(value[0], list))
+            else " ".join(map(str, value))
+        )
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def versions() -> dict[str, str]:

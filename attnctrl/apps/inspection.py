@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from .._quiet import quiet_imports
@@ -17,7 +18,7 @@ def inspect_model(model: str, revision: str | None = None) -> str:
     """A table of the model's attention sites, then the controls with what each would touch."""
     folder = resolve_model(model)
     with quiet_imports():
-        from .. import controls
+        from ..controls.spec import control_types
         from ..families import find_family
 
     with quiet_imports(), quiet_loading(), one_line(f"model {model!r} cannot be inspected", folder):
@@ -34,13 +35,32 @@ def inspect_model(model: str, revision: str | None = None) -> str:
     if any(not site.primary for site in sites):
         lines += ["", "-: no layer number selects this site; a head set names it by its path"]
     lines += ["", "controls:"]
-    known = [value for name in controls.__all__ if isinstance(value := getattr(controls, name), type)]
-    for control in (kind() for kind in known if issubclass(kind, controls.Control) and kind is not controls.Control):
+    reasons = dict(family.refuses)
+    for name, kind in control_types().items():
         try:
-            lines.append(f"  {control.name}: yes, at up to {len(control.touches(sites))} sites")
+            if reason := reasons.get(name, reasons.get("*")):
+                raise AttnCtrlError(reason)
+            control = _example(kind, sites)
+            places = len(control.touches(sites)) + len(control.touches_blocks(family.blocks(skeleton)))
+            if control.regions_in_use() and family.encode is None:
+                raise AttnCtrlError("this family's text cannot be appended to yet")
+            lines.append(f"  {name}: yes" + (f", at up to {places} places" if places else ""))
         except AttnCtrlError as error:
-            lines.append(f"  {control.name}: no: {str(error).splitlines()[0]}")
+            lines.append(f"  {name}: no: {str(error).splitlines()[0]}")
     return "\n".join(lines)
+
+
+def _example(kind: type, sites: list) -> Any:
+    """The control at as many places as it can have: every layer, or every head."""
+    names = kind.__dataclass_fields__
+    everything: dict[str, Any] = {}
+    if "heads" in names and "layers" not in names:
+        everything["heads"] = [(site.layer, head) for site in sites if site.primary for head in range(site.heads)]
+    elif "layers" in names and names["layers"].default is dataclasses.MISSING:
+        everything["layers"] = [site.layer for site in sites if site.primary]
+    if "regions" in names:
+        everything["regions"] = ["region@0,0,1,1"]
+    return kind(**everything)
 
 
 def _skeleton(folder: str, revision: str | None) -> tuple[Any, str]:

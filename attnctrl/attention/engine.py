@@ -181,6 +181,7 @@ def _replacing(inputs: Inputs, plan: Plan) -> Lerp | None:
     if first.region is None:
         return first
     simple = len(plan.segments) == 0 and plan.negative is None and not inputs.causal
+    simple = simple and (plan.mask is None or plan.key_bias is not None)
     return first if first.of_queries and simple else None
 
 

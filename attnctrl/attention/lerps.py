@@ -49,7 +49,7 @@ def apply_lerp(inputs: Inputs, program: Program, number: int, lerp: Lerp, out: T
         return out
     some = inputs.heads(lerp.heads)
     if some.mask is not None and some.key_bias is None:
-        target = _masked_target(some, lerp)
+        target = _masked_target(some, lerp, rows)
     elif lerp.region is None:
         target = _target(some, program, lerp)
     else:
@@ -119,13 +119,14 @@ def _region_target(some: Inputs, program: Program, number: int, lerp: Lerp, rows
     return take(_zeros(some) if total is None else total, rows)
 
 
-def _masked_target(some: Inputs, lerp: Lerp) -> Tensor:
-    """The target of every row under a mask of token pairs, (B, h, n_q, D_v)."""
+def _masked_target(some: Inputs, lerp: Lerp, rows: Tokens) -> Tensor:
+    """The target of these rows under a mask of token pairs, (B, h, rows, D_v)."""
     if lerp.target == "uniform":
         allowed = (additive(some.picked_mask) > -math.inf).to(exact(some.v))
         return (allowed @ some.v.to(allowed.dtype)) / allowed.sum(-1, keepdim=True).clamp_min(1)
-    q = blur(some.q, lerp.grid, lerp.sigma) if lerp.target == "smoothed" else _mean_query(some.q).expand_as(some.q)
-    return plain(replace(some, q=q))
+    q = take(some.q, rows)
+    q = blur(q, lerp.grid, lerp.sigma) if lerp.target == "smoothed" else _mean_query(q).expand_as(q)
+    return plain(replace(some, q=q, mask=take(some.mask, rows)))
 
 
 def _zeros(inputs: Inputs) -> Tensor:

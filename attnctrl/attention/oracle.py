@@ -36,7 +36,9 @@ def dense(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = 
     if causal:
         offset = s.shape[-1] - s.shape[-2]
         s = s.masked_fill(~torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril(offset), -math.inf)
-    if plan.mask is not None:
+    if plan.key_bias is not None:
+        s = s + plan.key_bias.double()[:, :, None]
+    elif plan.mask is not None:
         if plan.mask.dtype == torch.bool:
             s = s.masked_fill(~plan.mask, -math.inf)
         else:

@@ -229,7 +229,8 @@ class Plan:
     head_scale: Tensor | None = None
     rows: tuple[int, ...] | None = None  # batch rows the plan is for; None = all
     negative: NegativeText | None = None
-    mask: Tensor | None = None  # (B|1, H|1, 1|n_q, n_k)
+    mask: Tensor | None = None  # (B|1, H|1, 1|n_q, n_k), as the model passes it
+    key_bias: Tensor | None = None  # (B|1, H|1, n_k), what it adds to each key's logit; None where it tells rows apart
     programs: dict = field(init=False, default_factory=dict, repr=False)  # program.resolve's, by length
 
     def __post_init__(self) -> None:
@@ -243,13 +244,6 @@ class Plan:
         """Nothing is edited: the model's own attention call."""
         whole = len(self.segments) == 0 and self.negative is None and self.mask is None
         return whole and self.head_scale is None and all(len(lerp.heads) == 0 for lerp in self.lerps)
-
-    @cached_property
-    def key_bias(self) -> Tensor | None:
-        """What the mask adds to the logits of each key, (B|1, H|1, n_k), -inf where it forbids one; None where it
-        tells rows apart.
-        """
-        return None if self.mask is None or self.mask.shape[2] != 1 else additive(self.mask)[:, :, 0]
 
     def on(self, *rows: int) -> Plan:
         """The same plan for these batch rows."""
@@ -394,8 +388,9 @@ def with_mask(plan: Plan, mask: Tensor, n_q: int, n_k: int) -> Plan:
     """The plan under the mask that a model passes itself.
 
     A mask that treats all rows alike (padded keys) is a bias per key: segments, regions, negative text and every
-    target stay exact. One that tells rows apart goes with lerps of the whole sequence alone: identity, uniform (the
-    mean over the keys allowed to the row), mean_query and smoothed.
+    target stay exact. So is one that also hides everything from padded rows; these come out as if they saw the open
+    keys. One that tells other rows apart goes with lerps alone: mean_query and smoothed, and for the whole sequence
+    identity and uniform (the mean over the keys allowed to the row).
 
     Args:
         mask: bool, True = may attend, or what is added to the logits; any shape that broadcasts to (B, H, n_q, n_k),
@@ -411,20 +406,19 @@ def with_mask(plan: Plan, mask: Tensor, n_q: int, n_k: int) -> Plan:
         raise AttnCtrlError(
             f"a mask of {mask.shape[0]} batch rows for a plan of {len(plan.rows)}\nHINT: mask[list(plan.rows)]"
         )
-    if mask.shape[2] > 1 and (mask.stride(2) == 0 or bool((mask == mask[:, :, :1]).all())):
-        mask = mask[:, :, :1]
-    if mask.shape[2] > 1:
+    keys = _of_keys(mask)
+    if keys is None:
         wrong = ["segments"] if plan.segments else []
         wrong += ["a negative text"] if plan.negative is not None else []
         active = [lerp for lerp in plan.lerps if lerp.heads]
-        wrong += [f"{lerp.target} in a region" for lerp in active if lerp.region is not None]
+        wrong += [f"{lerp.target} in a region" for lerp in active if lerp.region is not None and not lerp.of_queries]
         wrong += ["target argmax"] if any(lerp.target == "argmax" for lerp in active) else []
         if wrong:
             raise AttnCtrlError(
                 f"the model masks pairs of tokens ({' x '.join(map(str, mask.shape))}), and the plan has {', '.join(wrong)}\n"
-                "HINT: only lerps of the whole sequence to identity, uniform, mean_query or smoothed work under such a mask"
+                "HINT: under such a mask lerps to mean_query and smoothed work, and to identity and uniform without a region"
             )
-    masked = replace(plan, mask=mask)
+    masked = replace(plan, mask=mask, key_bias=None if keys is None else additive(keys)[:, :, 0])
     object.__setattr__(masked, "programs", plan.programs)
     return masked
 
@@ -438,6 +432,20 @@ def as_mask(mask: Tensor, n_q: int, n_k: int) -> Tensor:
             f"a mask is bool or float and broadcasts to (B, H, {n_q}, {n_k}), got {tuple(mask.shape)} {mask.dtype}"
         )
     return full.expand(-1, -1, -1, n_k)
+
+
+def _of_keys(mask: Tensor) -> Tensor | None:
+    """The mask as (B|1, H|1, 1, n_k) if all rows are alike, but for those that may attend to nothing."""
+    first = mask[:, :, :1]
+    if mask.shape[2] == 1 or mask.stride(2) == 0 or bool((mask == first).all()):
+        return first
+    if mask.dtype != torch.bool:
+        forbidden = mask <= FORBIDS
+        if not bool(((mask == 0) | forbidden).all()):
+            return None
+        mask = ~forbidden
+    keys = mask.any(2, keepdim=True)
+    return keys if bool((mask == keys & mask.any(3, keepdim=True)).all()) else None
 
 
 def additive(mask: Tensor) -> Tensor:

@@ -4,6 +4,9 @@ python -m attnctrl.icons.train text      --output runs/icons
 python -m attnctrl.icons.train vae       --output runs/icons
 python -m attnctrl.icons.train denoiser  --output runs/icons
 python -m attnctrl.icons.train export    --output runs/icons --to assets/icons-t2i
+
+python -m attnctrl.icons.train clip         --output runs/icons
+python -m attnctrl.icons.train export-clip  --output runs/icons --to assets/open_clip/icons-clip
 """
 
 from __future__ import annotations
@@ -32,9 +35,16 @@ def _add(parser: argparse.ArgumentParser, function, skip: tuple[str, ...]) -> No
 
 def main(argv: list[str] | None = None) -> None:
     with quiet_imports():
-        from .recipes import denoiser, export, text, vae
+        from .recipes import clip, denoiser, export, text, vae
 
-    recipes = {"text": text.train, "vae": vae.train, "denoiser": denoiser.train, "export": export.export}
+    recipes = {
+        "text": text.train,
+        "vae": vae.train,
+        "denoiser": denoiser.train,
+        "export": export.export,
+        "clip": clip.train,
+        "export-clip": clip.export,
+    }
     parser = argparse.ArgumentParser(
         prog="python -m attnctrl.icons.train",
         description=__doc__,
@@ -46,8 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         sub.add_argument(
             "--output", type=Path, required=True, help="folder of the run: checkpoints, sample grids, finished parts"
         )
-        if name == "export":
-            sub.add_argument("--to", type=Path, required=True, help="folder for the finished pipeline, half precision")
+        if name.startswith("export"):
+            sub.add_argument("--to", type=Path, required=True, help="folder for the finished model, half precision")
         _add(sub, function, skip=("output", "parts", "to"))
     options = vars(parser.parse_args(argv))
     function = recipes[options.pop("recipe")]

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from ..errors import AttnCtrlError
+from ..icons.models import resolve_open_clip
 
 
 Score = Callable[[list[Image.Image], list[str]], Any]
@@ -47,17 +48,19 @@ def open_clip_score(
     """100 x cosine similarity of picture and prompt.
 
     Args:
-        model: an architecture that open_clip knows, or "hf-hub:owner/name" or "local-dir:path", which bring their weights.
+        model: an architecture that open_clip knows, or "hf-hub:owner/name", a folder or "builtin:icons-clip", which bring their
+            weights.
         pretrained: a tag of that architecture's weights, or a checkpoint file.
         tokenizer: the name of the model whose tokenizer is used, or a function of texts; None for `model`'s own.
     """
     open_clip = _needed("open_clip", "open-clip-torch")
     name = os.fspath(pretrained) if pretrained is not None else None
+    source = resolve_open_clip(model)
     try:
         clip, _, prepare = open_clip.create_model_and_transforms(
-            model, pretrained=name, device=device, require_pretrained=True
+            source, pretrained=name, device=device, require_pretrained=True
         )
-        tokenize = tokenizer if callable(tokenizer) else open_clip.get_tokenizer(tokenizer or model)
+        tokenize = tokenizer if callable(tokenizer) else open_clip.get_tokenizer(tokenizer or source)
     except Exception as error:  # open_clip raises anything from RuntimeError to the hub's own errors
         raise AttnCtrlError(
             f"open_clip model {model!r} with weights {name!r} cannot be loaded: {' '.join(str(error).split())[:300]}\n"
@@ -151,7 +154,7 @@ def objective_by_name(text: str, *, device: str | torch.device = "cpu") -> Objec
     if text == "icons":
         return icon_judge()
     if kind == "open_clip" and rest:
-        if rest.startswith(("hf-hub:", "local-dir:")):
+        if rest.startswith(("hf-hub:", "local-dir:", "builtin:")):
             return open_clip_score(rest, device=device)
         model, _, pretrained = rest.partition(":")
         return open_clip_score(model, pretrained or None, device=device)

@@ -283,7 +283,7 @@ def test_inspect(attnctrl, model):
     assert code == 0 and "family sd3" in lines[0]
     assert lines[2].split() == ["layer", "path", "kind", "heads", "streams"]
     assert lines[4].split() == ["1", "transformer_blocks.1.attn", "joint", "4", "image", "+", "text"]
-    assert "  SoftPAG: yes, at up to 3 sites" in lines and "  RegionalPrompts: yes, at up to 3 sites" in lines
+    assert "  SoftPAG: yes, at up to 3 places" in lines and "  RegionalPrompts: yes, at up to 3 places" in lines
     assert attnctrl("inspect", "./none/at/all")[0] == 2
 
 

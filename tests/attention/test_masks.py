@@ -103,6 +103,32 @@ def test_padded_keys(name, dtype, kv_heads):
     torch.testing.assert_close(again, run(q, k, v, with_mask(PLANS[name], mask, N, N)), rtol=0, atol=budget(q, k, v))
 
 
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("additive", [False, True])
+def test_padded_rows_that_see_nothing(name, additive):
+    """Some models hide everything from padded rows as well: the other rows are exact."""
+    q, k, v = qkv(2, 4, N)
+    mask = padding()
+    pairs = mask & mask.transpose(2, 3)
+    if additive:
+        pairs = torch.where(pairs, 0.0, -math.inf).double()
+    out = run(q, k, v, PLANS[name], mask=pairs)
+    expected = dense(q, k, v, with_mask(PLANS[name], mask, N, N))
+    for row in range(2):
+        alive = mask[row, 0, 0]
+        torch.testing.assert_close(out[row, :, alive], expected[row, :, alive])
+    assert out.isfinite().all()
+
+
+def test_one_row_that_differs_is_a_mask_of_pairs():
+    pairs = padding() & padding().transpose(2, 3)
+    pairs[0, 0, 3, 5] = False
+    with pytest.raises(AttnCtrlError, match="masks pairs of tokens"):
+        with_mask(PLANS["segments"], pairs, N, N)
+    with pytest.raises(AttnCtrlError, match="masks pairs of tokens"):
+        with_mask(PLANS["segments"], torch.where(pairs, 0.0, -math.inf) + torch.eye(N), N, N)
+
+
 def test_a_plain_plan_is_the_models_call_bit_for_bit():
     q, k, v = qkv(2, 4, N, kv_heads=2, dtype=torch.bfloat16)
     for mask in (padding(), padding()[:1], torch.rand(2, 1, N, N) < 0.8, torch.randn(N, N).bfloat16()):
@@ -136,6 +162,11 @@ PAIRS = {
     "uniform": Lerp("uniform", torch.tensor([[0, 0.5, 1.0, 0], [0.3, 0, 0, 0]])),
     "mean_query": Lerp("mean_query", torch.tensor([0, 0.5, 1.0, 0])),
     "smoothed": Lerp("smoothed", torch.tensor([0, 0.5, 1.0, 0]), sigma=1.0, grid=(3, 6)),
+    "mean_query region": Lerp("mean_query", torch.tensor([0, 0.5, 1.0, 0]), slice(3, 12)),
+    "smoothed region": Lerp(
+        "smoothed", torch.tensor([0, 0.5, 1.0, 0]), torch.arange(0, 18, 3), sigma=1.0, grid=(2, 3)
+    ),
+    "smoothed region alone": Lerp("smoothed", torch.ones(4), slice(3, 9), sigma=1.0, grid=(2, 3)),
     "uniform alone": Lerp("uniform", torch.ones(4)),
     "mean_query alone": Lerp("mean_query", torch.ones(4)),
 }
@@ -146,7 +177,7 @@ PAIRS = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_masks_of_pairs(name, kind, dtype, kv_heads):
-    """Whole-sequence lerps under a mask that tells rows apart."""
+    """Lerps under a mask that tells rows apart."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(2, 4 if kind == "heads" else 1, N, N, generator=generator) < 0.6
     mask[..., 0] = True
@@ -175,7 +206,7 @@ def test_masks_of_pairs_by_hand():
         (PLANS["segments"], "has segments"),
         (PLANS["negative"], "a negative text"),
         (PLANS["both"], "segments, uniform in a region"),
-        (PLANS["smoothed"], "smoothed in a region"),
+        (PLANS["identity True mask"], "identity in a region"),
         (PLANS["argmax False mask"], "target argmax"),
     ],
 )

@@ -7,7 +7,7 @@ from PIL import Image
 
 import attnctrl as ac
 from attnctrl.evaluate.t2i import request
-from attnctrl.icons.world import caption, relation_between, sample_scene
+from attnctrl.icons.world import Scene, SceneObject, caption, relation_between, sample_scene
 from attnctrl.search import icon_judge, objective_by_name, open_clip_score, torchmetrics_score
 from attnctrl.search.objectives import asked_of, name_of
 
@@ -143,3 +143,16 @@ def test_names():
     assert name_of(icon_judge()) == "icons"
     assert name_of(test_names) == f"{__name__}:test_names"
     assert name_of(np.random.RandomState(0)).endswith(":RandomState")
+
+
+def test_built_in_scorer_prefers_the_picture_that_was_asked_for():
+    pytest.importorskip("open_clip")
+    score = objective_by_name("open_clip:builtin:icons-clip")
+    assert score.name.startswith("open_clip:") and "icons-clip" in score.name
+    cat, car = (
+        Scene((SceneObject(noun, color, (32, 32, 64, 64)),)).render()
+        for noun, color in (("cat", "red"), ("car", "blue"))
+    )
+    right = score([cat, car], ["a red cat", "a blue car"])
+    wrong = score([car, cat], ["a red cat", "a blue car"])
+    assert (torch.as_tensor(right) > torch.as_tensor(wrong) + 5).all()
