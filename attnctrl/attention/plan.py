@@ -257,7 +257,7 @@ class Plan:
         """Raise AttnCtrlError with every reason why the plan does not fit; reads tensors, so call it once, not per
         step.
         """
-        wrong = [*self._wrong_rows(batch), *self._wrong_segments(n_q, n_k, heads), *self._wrong_lerps(n_q, n_k, heads)]
+        wrong = [*self._wrong_rows(batch), *self._wrong_segments(n_q, n_k, heads), *self._wrong_lerps(n_q, n_k, heads, batch)]
         if self.negative is not None:
             wrong += self.negative.why_not(n_q, n_k)
             wrong += ["segments and a negative text exclude each other"] if self.segments else []
@@ -363,10 +363,10 @@ class Plan:
             if not several or not seen:
                 yield f"{name} leaves its rows without a key"
 
-    def _wrong_lerps(self, n_q: int, n_k: int, heads: int | None) -> Iterable[str]:
+    def _wrong_lerps(self, n_q: int, n_k: int, heads: int | None, batch: int | None) -> Iterable[str]:
         for number, lerp in enumerate(self.lerps):
             name = f"lerp {number} ({lerp.target})"
-            yield from _wrong_heads(f"{name}: strength", lerp.strength, heads, self._batch(None))
+            yield from _wrong_heads(f"{name}: strength", lerp.strength, heads, self._batch(batch))
             if not bool(lerp.strength.isfinite().all()):
                 yield f"{name}: a strength is not finite"
             if lerp.heads and heads is not None and lerp.heads[-1] >= heads:

@@ -245,3 +245,18 @@ def test_the_image_text_recipe_ends_in_a_folder_that_open_clip_loads(tmp_path, c
     state = torch.load(run / "clip.pt", weights_only=True)["model"]
     for name, weight in scorer.model.state_dict().items():
         assert torch.equal(weight, state[name].half().float()), name
+
+
+def test_denoiser_starts_from_a_saved_pipeline(tmp_path):
+    from diffusers import SD3Transformer2DModel
+
+    from attnctrl.icons.models import builtin_path
+
+    shipped = builtin_path("icons-t2i")
+    denoiser.train(tmp_path, tmp_path, steps=0, pool=2, sample_every=0, start_from=str(shipped))
+    made, known = (
+        SD3Transformer2DModel.from_pretrained(folder / "transformer").state_dict()
+        for folder in (tmp_path / "pipeline", shipped)
+    )
+    assert all(torch.equal(made[name], known[name]) for name in known)
+    assert (tmp_path / "vae" / "config.json").is_file() and (tmp_path / "tokenizer").is_dir()

@@ -14,6 +14,7 @@ Rectified flow with logit-normal times. Three things make it learnable on two CP
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -204,6 +205,7 @@ def train(
     save_every: int = 200,
     sample_every: int = 500,
     minutes: float = 0.0,
+    start_from: str | None = None,
 ) -> None:
     """Trains on the VAE, tokenizer and text encoder in `parts`; checkpoints to `output/denoiser.pt`; run again to resume.
 
@@ -214,10 +216,16 @@ def train(
         grow: further scenes per 100 steps.
         sample_every: steps between sample grids; 0 for none.
         minutes: end after this long at the latest, counted from the first step of this call; the decay follows the clock.
+        start_from: a saved pipeline, such as ``assets/icons-t2i``, whose transformer and text encoder a new run begins with, and whose VAE
+            and tokenizer it takes where `parts` has none. A checkpoint in `output` comes first.
     """
     output.mkdir(parents=True, exist_ok=True)
     where = pick_device(device)
     torch.manual_seed(seed)
+    if start_from is not None:
+        for name in ("vae", "tokenizer", "text_encoder"):
+            if not (parts / name).exists():
+                shutil.copytree(Path(start_from) / name, parts / name)
     vae = AutoencoderKL.from_pretrained(parts / "vae").to(where, memory_format=torch.channels_last).eval()
     tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
     encoder = CLIPTextModelWithProjection.from_pretrained(parts / "text_encoder").to(where).train()
@@ -230,6 +238,10 @@ def train(
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         first = state["step"]
+    elif start_from is not None:
+        model.load_state_dict(SD3Transformer2DModel.from_pretrained(Path(start_from) / "transformer").state_dict())
+        known = CLIPTextModelWithProjection.from_pretrained(Path(start_from) / "text_encoder")
+        encoder.load_state_dict(known.state_dict())
     scenes = LatentPool(vae, seed)
     scenes.fill(pool, output / "latents.pt")
 
