@@ -44,7 +44,7 @@ class Tokens:
     """The tokens of one call at one site: named streams in order, (name, start, stop), and the grid of the image: (rows, columns),
     or (frames, rows, columns) for video.
 
-    Streams: "image", "text" and, when a control appended prompts, "region:0", "region:1", …
+    Streams: "image", "text", "reference" (tokens of reference pictures, behind the image), others that a family names and, when a control appended prompts, "region:0", "region:1", …
     """
 
     streams: tuple[tuple[str, int, int], ...]

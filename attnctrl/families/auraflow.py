@@ -48,4 +48,7 @@ AURAFLOW = Family(
     grid=of_patches,
     encode=_encode,
     lengths=_lengths,
+    refuses=(
+        ("RegionalPrompts", "its register tokens stand apart from text and image, which regions do not cover yet"),
+    ),
 )

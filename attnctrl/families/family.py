@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -86,11 +86,13 @@ class Family:
         encode: (pipeline, prompts, text length, device) -> (R, T, C) text states of region prompts; None where prompts of their own
             cannot be appended to the text.
         text_ids: argument with one row of position ids per text token, (T, n), when text has ids.
+        numbered_text: the last entry of a text token's ids is its number in the prompt; otherwise all are 0.
         text_mask: argument that masks text tokens, (B, T); appended prompts are added to it.
         unbatched: tensor arguments without a batch dimension.
         row_dims: arguments whose batch dimension is not the first, with its number.
         lengths: (bound arguments, model) -> tokens per stream in an attention call, {"image": …, "text": …}; None for the product of
-            the grid and the length of `text`. An entry may be missing or None when it differs between calls (UNets).
+            the grid and the length of `text`. An entry may be missing or None when it differs between calls (UNets). "reference"
+            counts tokens of other pictures, which stand behind those of the image.
         units: dotted paths (with `*`) of what runs one after the other, in order, where that is not the stacks' blocks (UNets:
             down, mid and up blocks). Prefix reuse skips whole units.
         skips: True when outputs of units are also used later than by the next unit (UNets).
@@ -111,6 +113,7 @@ class Family:
     grid: Callable[[dict[str, Any], nn.Module], tuple[int, ...]]
     encode: Callable[[Any, list[str], int, torch.device], torch.Tensor] | None = None
     text_ids: str | None = None
+    numbered_text: bool = False
     text_mask: str | None = None
     unbatched: tuple[str, ...] = ()
     row_dims: tuple[tuple[str, int], ...] = ()
@@ -178,15 +181,17 @@ class Family:
             found["text"] = bound[self.text].shape[1]
         return found, grid
 
-    def add_text(self, bound: dict[str, Any], extra: torch.Tensor) -> dict[str, Any]:
-        """The call with the text states `extra`, (1, E, C), appended for every row, in the order that `lay_out` expects."""
+    def add_text(self, bound: dict[str, Any], states: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """The call with the text states of several prompts, (1, T, C) each, appended for every row, in the order that `lay_out` expects."""
         text = bound[self.text]
-        extra = extra.to(text).expand(text.shape[0], -1, -1)
+        extra = torch.cat(list(states), dim=1).to(text).expand(text.shape[0], -1, -1)
         first = self.stacks[0].streams[0] == "text"
         out = {**bound, self.text: torch.cat([extra, text] if first else [text, extra], dim=1)}
         if self.text_ids is not None:
             ids = bound[self.text_ids]
             more = ids.new_zeros(*ids.shape[:-2], extra.shape[1], ids.shape[-1])
+            if self.numbered_text:
+                more[..., -1] = torch.cat([torch.arange(state.shape[1]) for state in states]).to(ids)
             out[self.text_ids] = torch.cat([more, ids] if first else [ids, more], dim=-2)
         if self.text_mask is not None and isinstance(bound.get(self.text_mask), torch.Tensor):
             mask = bound[self.text_mask]

@@ -3,13 +3,13 @@ follow. Two calls a step where there is classifier-free guidance, the conditiona
 
 FLUX.1 and FLUX.2-dev have guidance distilled into the model. Text ids are all zero in FLUX.1 and Chroma; FLUX.2 numbers its text
 tokens. The single blocks of FLUX.1 join text and image inside and part them again, those of FLUX.2 and Chroma run on the joined
-sequence. Chroma's pipeline masks padded text in every layer.
+sequence. Chroma's pipeline masks padded text in every layer. Reference images (Kontext, FLUX.2 editing) follow the latents.
 """
 
 from __future__ import annotations
 
 from .family import Family, Stack
-from .grids import of_ids
+from .grids import of_ids, with_references
 
 
 def _encode(pipeline, prompts, length, device):
@@ -42,6 +42,7 @@ FLUX = Family(
     text="encoder_hidden_states",
     cfg="separate",
     grid=of_ids,
+    lengths=with_references(of_ids),
     encode=_encode,
     text_ids="txt_ids",
     unbatched=("img_ids", "txt_ids"),
@@ -56,10 +57,11 @@ FLUX2 = Family(
     text="encoder_hidden_states",
     cfg="separate",
     grid=of_ids,
+    lengths=with_references(of_ids),
     encode=_encode_flux2,
     text_ids="txt_ids",
     unbatched=("img_ids", "txt_ids"),
-    refuses=(("RegionalPrompts", "FLUX.2 numbers its text tokens, and appended prompts have no numbers yet"),),
+    numbered_text=True,
 )
 
 CHROMA = Family(
@@ -71,6 +73,7 @@ CHROMA = Family(
     text="encoder_hidden_states",
     cfg="separate",
     grid=of_ids,
+    lengths=with_references(of_ids),
     text_ids="txt_ids",
     unbatched=("img_ids", "txt_ids"),
     refuses=(("RegionalPrompts", "Chroma masks its text, and appended prompts are not in its attention_mask"),),

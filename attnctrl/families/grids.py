@@ -1,6 +1,8 @@
-"""Image grids that several families read in the same way."""
+"""Image grids and lengths that several families read in the same way."""
 
 from __future__ import annotations
+
+import math
 
 from ..errors import AttnCtrlError
 
@@ -13,14 +15,27 @@ def of_patches(bound, model) -> tuple[int, int]:
 
 
 def of_ids(bound, model) -> tuple[int, int]:
-    """Grid from position ids `img_ids`, (N, n) or (B, N, n), whose first three columns are frame, row and column."""
+    """Grid from position ids `img_ids`, (N, n) or (B, N, n), whose first three columns are frame, row and column. The latents are
+    frame 0 and stand first; reference images (FLUX.1 Kontext, FLUX.2 editing) have other frames."""
     ids = bound["img_ids"]
     ids = ids[0] if ids.ndim == 3 else ids
-    if bool((ids[:, 0] != 0).any()):
+    own = int((ids[:, 0] == 0).sum())
+    if own == 0 or bool((ids[:own, 0] != 0).any()):
         raise AttnCtrlError(
-            "this call carries reference images (FLUX.1 Kontext, FLUX.2 editing), whose tokens regions cannot place yet"
+            f"the first of {len(ids)} image ids are not those of frame 0, so the latents cannot be told"
         )
-    rows, columns = int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1
-    if rows * columns != ids.shape[0]:
-        raise AttnCtrlError(f"image ids span {rows} x {columns} tokens but there are {ids.shape[0]}")
+    rows, columns = int(ids[:own, 1].max()) + 1, int(ids[:own, 2].max()) + 1
+    if rows * columns != own:
+        raise AttnCtrlError(f"image ids span {rows} x {columns} tokens but there are {own}")
     return rows, columns
+
+
+def with_references(grid):
+    """`Family.lengths` where the tokens of reference images stand behind those of the latents."""
+
+    def lengths(bound, model) -> dict[str, int]:
+        image, found = math.prod(grid(bound, model)), bound["hidden_states"].shape[1]
+        known = {"text": bound["encoder_hidden_states"].shape[1], "image": image}
+        return known if found == image else known | {"reference": found - image}
+
+    return lengths

@@ -1,19 +1,19 @@
 """Qwen-Image: text first, packed image tokens. Two calls a step, the conditional one first; the guided prediction is always
-brought back to the norm of the conditional one. Text is masked only where the prompts of a batch differ in length."""
+brought back to the norm of the conditional one. Text is masked only where the prompts of a batch differ in length. Reference images
+(Qwen-Image-Edit) follow the latents."""
 
 from __future__ import annotations
 
 from ..errors import AttnCtrlError
 from .family import Family, Stack, running
+from .grids import with_references
 
 
 def _grid(bound, model):
     shapes = bound["img_shapes"][0]
     shapes = shapes if isinstance(shapes, list) else [shapes]
-    if len(shapes) > 1:
-        raise AttnCtrlError(
-            "this call carries reference images (Qwen-Image-Edit), whose tokens regions cannot place yet"
-        )
+    if len(shapes) > 1 and getattr(model.config, "use_layer3d_rope", False):
+        raise AttnCtrlError("this call makes several layers (Qwen-Image-Layered), which regions cannot place yet")
     frames, rows, columns = shapes[0]
     return (rows, columns) if frames == 1 else (frames, rows, columns)
 
@@ -32,6 +32,7 @@ QWEN_IMAGE = Family(
     text="encoder_hidden_states",
     cfg="separate",
     grid=_grid,
+    lengths=with_references(_grid),
     encode=_encode,
     text_mask="encoder_hidden_states_mask",
     cfg_on=lambda pipeline: bool(running(pipeline, "do_true_cfg")),

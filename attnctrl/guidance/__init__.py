@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING
 
-from .delta import add_to_all, add_to_rows, guidance_delta
+from .delta import add_to_all, add_to_rows, follow_change, guidance_delta
 from .rows import conditional_rows
 
 
 if TYPE_CHECKING:
     from .guider import HeadGuidance
 
-__all__ = ["HeadGuidance", "add_to_all", "add_to_rows", "conditional_rows", "guidance_delta"]
+__all__ = ["HeadGuidance", "add_to_all", "add_to_rows", "conditional_rows", "follow_change", "guidance_delta"]
 
 
 def __getattr__(name: str):

@@ -14,7 +14,7 @@ from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 
 from ..controls.base import Control
 from ..errors import AttnCtrlError
-from .delta import add_to_all
+from .delta import add_to_all, follow_change
 
 
 class HeadGuidance(BaseGuidance):
@@ -44,7 +44,7 @@ class HeadGuidance(BaseGuidance):
         self.register_to_config(controls=[control.name for control in controls], guider=type(self.guider).__name__)
         self.controls = controls
         self._session: Any = None
-        self._delta: torch.Tensor | None = None
+        self._delta: tuple[torch.Tensor, torch.Tensor] | None = None  # (denoiser's prediction, guidance term)
 
     def new(self, **changes) -> HeadGuidance:
         """The same controls around a copy of the inner guider with some of its settings changed."""
@@ -93,7 +93,7 @@ class HeadGuidance(BaseGuidance):
     def __call__(self, data: list) -> GuiderOutput:
         output = self.guider(data)
         if self._delta is not None:
-            output.pred = add_to_all(output.pred, self._delta)
+            output.pred = add_to_all(output.pred, follow_change(*self._delta, data[0].noise_pred))
         return output
 
     @property

@@ -51,7 +51,12 @@ class ControlledAttnProcessor:
     a plan the inner processor is called and nothing else happens. In a compiled block it runs eagerly, between two graphs.
     """
 
-    def __init__(self, inner: Any, site: Site, session: Session):
+    def __init__(self, inner: Any = None, site: Site | None = None, session: Session | None = None):
+        if session is None:  # diffusers makes new processors of the class that it finds, to load an IP-Adapter
+            raise AttnCtrlError(
+                "the attention processors are being exchanged while controls are attached\n"
+                "HINT: detach, load the adapter, and attach again"
+            )
         self.inner, self.site, self.session = inner, site, session
 
         def call(*args, **kwargs):

@@ -16,7 +16,7 @@ from ..attention import Plan, record_kernels, with_mask
 from ..controls.base import Control, Moment
 from ..errors import AttnCtrlError
 from ..families import Family, find_denoiser, find_family
-from ..families.family import pick_rows
+from ..families.family import pick_rows, running
 from ..guidance import add_to_all, add_to_rows, conditional_rows, guidance_delta
 from ..sites import Site, Tokens, lay_out
 from .diffusers import ControlledAttnProcessor
@@ -62,18 +62,26 @@ class Session:
     Args:
         prefix_reuse: a perturbed pass starts from the outputs that the plain pass left before the first perturbed block. Exact; switched
             off by itself, and reported, where the model writes to them.
-        withhold: leave the prediction plain and put the guidance term of each call into `withheld` instead.
+        pipeline: the pipeline that runs a bare denoiser, for those with two.
+        withhold: leave the prediction plain and put it into `withheld` with the guidance term of each call instead.
     """
 
-    def __init__(self, target: Any, *controls: Control, prefix_reuse: bool = True, withhold: bool = False):
-        model, pipeline = find_denoiser(target)
+    def __init__(
+        self,
+        target: Any,
+        *controls: Control,
+        prefix_reuse: bool = True,
+        withhold: bool = False,
+        pipeline: Any = None,
+    ):
+        model, found = find_denoiser(target)
         self.family: Family = find_family(model)
-        self.model, self.pipeline = model, pipeline
-        if getattr(pipeline, "transformer_2", None) is not None:
+        if getattr(found, "transformer_2", None) is not None:
             raise AttnCtrlError(
-                f"{type(pipeline).__name__} has two denoisers, `transformer` and `transformer_2`, and a session controls one\n"
-                "HINT: attach to pipe.transformer and to pipe.transformer_2; every row counts as conditional then"
+                f"{type(found).__name__} has two denoisers, `transformer` and `transformer_2`, and a session controls one\n"
+                "HINT: two sessions, attach(pipe.transformer, …, pipeline=pipe) and attach(pipe.transformer_2, …, pipeline=pipe)"
             )
+        self.model, self.pipeline = model, found if pipeline is None else pipeline
         wrong = [repr(control) for control in controls if not isinstance(control, Control)]
         if wrong:
             raise AttnCtrlError(f"not a control: {', '.join(wrong)}\nHINT: attach(pipe, ac.SoftPAG(heads='3.5'), …)")
@@ -81,7 +89,7 @@ class Session:
         self.blocks = self.family.blocks(model)
         self.controls = tuple(controls)
         self.prefix_reuse, self.withhold = prefix_reuse, withhold
-        self.withheld: torch.Tensor | None = None
+        self.withheld: tuple[torch.Tensor, torch.Tensor] | None = None  # (prediction, guidance term)
         self.records: list = []
         self._strengths: dict[Control, dict[str, torch.Tensor]] = {}
         self._edited: dict[Control, frozenset[str]] = {}
@@ -113,7 +121,7 @@ class Session:
         self._step: tuple[int, int] | None = None
         self._context: str | None = None
         self._pending: tuple[weakref.ref, weakref.ref, torch.Tensor | None] | None = None
-        self._processors: dict[str, tuple[Any, Any]] = {}
+        self._processors: dict[str, tuple[Any, Any, ControlledAttnProcessor]] = {}
         self._gates: list[Gate] = []
         self._attached = False
 
@@ -163,32 +171,33 @@ class Session:
             for path in paths:
                 module = modules[path]
                 controlled = ControlledAttnProcessor(module.processor, by_path[path], self)
-                self._processors[path] = (module, module.processor)
+                self._processors[path] = (module, module.processor, controlled)
                 module.processor = controlled
             self._gates = [Gate(path, modules[path], self._through) for path in sorted(gated)]
-            if self._strengths:
-                self._saved = {name: self.model.__dict__[name] for name in _REPLACED if name in self.model.__dict__}
-                self._inner = self.model.forward
-                self.model.forward = self._forward
+            if self._strengths:  # a gate, as offloading takes `forward` away and puts it back at the end of every run
+                self._gates.append(Gate("", self.model, lambda gate, args, kwargs: self._forward(*args, **kwargs)))
                 if hasattr(self.model, "cache_context"):
+                    self._had_context = self.model.__dict__.get("cache_context")
                     self._inner_context = self.model.cache_context
                     self.model.cache_context = self._cache_context
             self._attached = True
         return self
 
     def detach(self) -> None:
-        """Restores every processor, block and the denoiser's forward. Calling it twice is harmless."""
+        """Restores every processor and block; what has taken the place of a session's own part since stays. Calling it twice is
+        harmless."""
         with _LOCK:
             if not self._attached:
                 return
-            for module, processor in self._processors.values():
-                module.processor = processor
+            for module, processor, controlled in self._processors.values():
+                if module.processor is controlled:
+                    module.processor = processor
             for gate in self._gates:
                 gate.remove()
-            if self._strengths:
-                for name in _REPLACED:
-                    self.model.__dict__.pop(name, None)
-                self.model.__dict__.update(self._saved)
+            if self._strengths and self.model.__dict__.get("cache_context") == self._cache_context:
+                del self.model.cache_context
+                if self._had_context is not None:
+                    self.model.cache_context = self._had_context
             self._processors.clear()
             self._gates.clear()
             _ATTACHED[self.model].remove(self)
@@ -220,11 +229,11 @@ class Session:
     # -- one call of the denoiser ----------------------------------------------------------------------------------------
 
     @contextmanager
-    def _cache_context(self, name: str):
+    def _cache_context(self, name: str, *args, **kwargs):
         """The denoiser's own context, with its name noted: pipelines call it "cond" and "uncond"."""
         self._context = name
         try:
-            with self._inner_context(name):
+            with self._inner_context(name, *args, **kwargs):
                 yield
         finally:
             self._context = None
@@ -232,7 +241,7 @@ class Session:
     @torch.compiler.disable
     def _forward(self, *args, **kwargs):
         self.withheld = None
-        bound = self.family.bind(self._inner, args, kwargs)
+        bound = self.family.bind(self.model.forward, args, kwargs)
         moment = self._when(bound)
         active = tuple(c for c in self._strengths if c.schedule.active(moment.fraction, moment.sigma))
         batch = self.family.rows(bound)
@@ -244,6 +253,8 @@ class Session:
         guides = tuple(control for control, weight in weights.items() if weight != 0)
         batched = self.pipeline is not None and self.family.cfg != "separate" and not own_pass
         cfg = batched and self.family.cfg_on(self.pipeline)
+        if cfg:
+            self._check_parts(batch)
         cond = conditional_rows(batch, cfg, self.family.cfg == "batched, cond first")
         rows = slice(cond[0], cond[-1] + 1)
         self._check_images((*mains, *guides), len(cond))
@@ -269,9 +280,18 @@ class Session:
             self.calls["perturbed blocks"] += sum(not _inside(block.path, skipped) for block in self.blocks)
         delta = delta[:, : self._channels(prediction)]
         if self.withhold:
-            self.withheld = delta
+            self.withheld = prediction, delta
             return output
         return _replace(output, self._place(prediction, delta, cond, cfg))
+
+    def _check_parts(self, batch: int) -> None:
+        """Two parts for classifier-free guidance, or the rows cannot be told apart."""
+        latents = running(self.pipeline, "latents", None)
+        if latents is not None and batch != 2 * len(latents):
+            raise AttnCtrlError(
+                f"{type(self.pipeline).__name__} calls its denoiser with {batch} rows for {len(latents)} images, and only the two parts of "
+                "classifier-free guidance are known\nHINT: the pipeline without guidance of its own, e.g. StableDiffusionPipeline"
+            )
 
     def _check_images(self, controls: tuple[Control, ...], images: int) -> None:
         for control in controls:
@@ -348,15 +368,16 @@ class Session:
         if self.pipeline is None:
             return Moment(*self._step, self._step[0] / self._step[1]) if self._step is not None else Moment()
         scheduler = self.pipeline.scheduler
-        begin = getattr(scheduler, "begin_index", None) or 0
-        index = getattr(scheduler, "step_index", None)
-        if index is None:
-            if not hasattr(scheduler, "step_index"):
-                distance = (scheduler.timesteps.float() - bound["timestep"].flatten()[0].float().cpu()).abs()
-                index = int(distance.argmin())
-            else:
-                index = begin
-        count = max(1, len(scheduler.timesteps) - begin)
+        grid, run = scheduler.timesteps, running(self.pipeline, "timesteps", scheduler.timesteps)
+        begin, index = getattr(scheduler, "begin_index", None), getattr(scheduler, "step_index", None)
+        if begin is None:  # the run may begin in the middle, as from a picture
+            begin = _nearest(grid, run[0]) if run is not grid else 0
+        if index is None:  # before the first step, or never told
+            now = running(self.pipeline, "t", bound.get("timestep"))
+            index = begin if hasattr(scheduler, "step_index") else _nearest(grid, now)
+        order = getattr(scheduler, "order", 1)  # evaluations a step; the last step of Heun has one
+        count = max(1, -(-(len(grid) - begin if run is grid else len(run)) // order))
+        step = (index - begin) // order
         for control in self._strengths:
             if control.schedule.covers(count) == 0:
                 window = f"{control.schedule.start:g}-{control.schedule.stop:g}"
@@ -365,7 +386,7 @@ class Session:
                 )
         sigmas = getattr(scheduler, "sigmas", None)
         sigma = float(sigmas[index]) if sigmas is not None and index < len(sigmas) else None
-        return Moment(index - begin, count, (index - begin) / count, sigma)
+        return Moment(step, count, step / count, sigma)
 
     def _with_regions(self, bound: dict, mains: tuple[Control, ...]) -> tuple[dict, tuple[int, ...]]:
         """The call with region prompts appended to its text, and their lengths."""
@@ -378,7 +399,7 @@ class Session:
         if key not in self._texts:
             self._texts[key] = [self._encode(r, text).to(text)[:, :trim] for r, trim in zip(regions, trims)]
         states = self._texts[key]
-        return self.family.add_text(bound, torch.cat(states, dim=1)), tuple(state.shape[1] for state in states)
+        return self.family.add_text(bound, states), tuple(state.shape[1] for state in states)
 
     def _encode(self, region, text: torch.Tensor) -> torch.Tensor:
         if region.prompt_embeds is not None:
@@ -399,6 +420,10 @@ class Session:
 
     def _new_pass(self, bound, active, cond, batch, regions, moment) -> _Pass:
         lengths, grid = self.family.tokens(bound, self.model) if active else ({}, ())
+        if lengths.get("reference") and (names := [control.name for control in active if control.regions_in_use()]):
+            raise AttnCtrlError(
+                f"{', '.join(names)}: this call carries reference images, whose tokens regions cannot place yet"
+            )
         return _Pass(active, cond, batch, lengths, grid, regions, moment)
 
     def _run(self, call: dict, now: _Pass):
@@ -406,11 +431,11 @@ class Session:
         # some models take entries out of the dictionaries they are given, and there may be another pass
         call = {name: dict(value) if isinstance(value, dict) else value for name, value in call.items()}
         if not now.active and not now.keep:
-            return self._inner(**call)
+            return self.model._call_impl(**call)
         self._pass = now
         try:
             with record_kernels() as used:
-                output = self._inner(**call)
+                output = self.model._call_impl(**call)
             self.kernels.update(used)
             self._check_effect(now)
         finally:
@@ -505,6 +530,9 @@ class Session:
         return self._lay_out(block.streams, {**now.lengths, **known}, now)
 
     def _lay_out(self, streams: tuple[str, ...], lengths: dict[str, int | None], now: _Pass) -> Tokens:
+        if lengths.get("reference") and "image" in streams:
+            behind = streams.index("image") + 1
+            streams = (*streams[:behind], "reference", *streams[behind:])
         missing = [stream for stream in streams if lengths.get(stream) is None]
         if missing:
             raise AttnCtrlError(f"the number of {' and '.join(missing)} tokens differs between the rows of this batch")
@@ -646,21 +674,25 @@ class Session:
         return "\n".join(lines)
 
 
-_REPLACED = ("forward", "cache_context")
-
-
-def attach(target: Any, *controls: Control, prefix_reuse: bool = True) -> Session:
+def attach(target: Any, *controls: Control, prefix_reuse: bool = True, pipeline: Any = None) -> Session:
     """Attaches controls to a pipeline or a denoiser; detach with the session's `detach`, or use it in a `with` statement.
 
     Args:
         target: a diffusers pipeline, or its denoiser alone.
         controls: any set of controls; neutral ones (strength 0, no regions) are not attached and cost nothing.
         prefix_reuse: perturbed passes start at their first perturbed block, from what the plain pass computed; exact.
+        pipeline: the pipeline that runs `target`, where a pipeline has two denoisers (Wan 2.2) and each gets a session.
 
     Raises:
         AttnCtrlError: unknown family, layer or head, no match, or two controls that exclude each other.
     """
-    return Session(target, *controls, prefix_reuse=prefix_reuse).attach()
+    return Session(target, *controls, prefix_reuse=prefix_reuse, pipeline=pipeline).attach()
+
+
+def _nearest(timesteps, timestep) -> int:
+    """The first index of a timestep."""
+    timestep = torch.as_tensor(timestep).flatten()[0]
+    return int((timesteps.float() - timestep.float().to(timesteps.device)).abs().argmin())
 
 
 def _sample(output) -> torch.Tensor:

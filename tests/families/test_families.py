@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import attnctrl as ac
 from attnctrl.errors import AttnCtrlError
 from attnctrl.families import FAMILIES, FLUX, SD3, find_denoiser, find_family
 from attnctrl.sites import lay_out
@@ -31,6 +32,7 @@ from ..models import (
     unet_call,
     z_image_call,
 )
+from ..models.common import position_ids
 from ..models.recorder import record
 
 
@@ -188,19 +190,64 @@ def test_odd_sizes_of_unets_round_up_between_blocks():
         assert seen.q.shape[2] == rows * columns
 
 
-def test_reference_pictures_are_refused():
+def with_reference(name: str) -> dict:
+    """A call with the 2 x 3 tokens of another picture behind the 4 x 4 of the latents."""
+    call = TINY[name][1]()
+    noise = torch.randn(2, 6, call["hidden_states"].shape[-1], generator=torch.Generator().manual_seed(5))
+    call["hidden_states"] = torch.cat([call["hidden_states"], noise], dim=1)
+    if name == "qwen_image":
+        return call | {"img_shapes": [[(1, 4, 4), (1, 2, 3)]] * 2}
+    ids = position_ids(2, 3, extra=call["img_ids"].shape[-1] - 3)
+    ids[:, 0] = 10
+    ids = ids.expand(*call["img_ids"].shape[:-2], -1, -1)
+    return call | {"img_ids": torch.cat([call["img_ids"], ids], dim=-2)}
+
+
+class Noting(ac.SoftPAG):
+    """Keeps the layouts that it saw."""
+
+    def edit(self, site, tokens, heads):
+        LAYOUTS.append(tokens)
+        return super().edit(site, tokens, heads)
+
+
+LAYOUTS: list = []
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image"])
+def test_reference_pictures_stand_behind_the_latents(name):
+    family, model, call = FAMILY[name], model_of(name), with_reference(name)
+    lengths, grid = family.tokens(call, model)
+    assert lengths == {"text": 5, "image": 16, "reference": 6} and grid == (4, 4)
+    LAYOUTS.clear()
+    found = []
+    with torch.no_grad():
+        plain = model(**call)[0]
+        for region in ("all", "image"):
+            with ac.attach(model, Noting(layers="1:", region=region, scale=4.0)):
+                found.append(model(**call)[0])
+    assert {tokens.streams for tokens in LAYOUTS} == {(("text", 0, 5), ("image", 5, 21), ("reference", 21, 27))}
+    assert not torch.equal(found[0], found[1]) and not any(torch.equal(out, plain) for out in found)
+    if family.encode is not None and name != "flux2":
+        region = ac.Region("left", box=(0, 0, 0.5, 1), prompt_embeds=torch.ones(1, 3, 16))
+        with (
+            ac.attach(model, ac.RegionalPrompts([region])),
+            pytest.raises(AttnCtrlError, match="RegionalPrompts: this call carries reference images"),
+        ):
+            model(**call)
+
+
+def test_pictures_that_cannot_be_placed_are_refused():
     flux, flux2 = flux_call(), TINY["flux2"][1]()
     flux["img_ids"][:, 0] = 1
     flux2["img_ids"] = flux2["img_ids"].clone()
-    flux2["img_ids"][:, 3:, 0] = 10
-    qwen, z_image, ltx = qwen_image_call(), z_image_call(), ltx_call()
-    qwen["img_shapes"] = [[(1, 4, 4), (1, 2, 2)]] * 2
+    flux2["img_ids"][:, 5:, 0] = 10
+    z_image, ltx = z_image_call(), ltx_call()
     z_image["x"] = [[row] for row in z_image["x"]]
     ltx["hidden_states"] = ltx["hidden_states"].repeat(1, 2, 1)
     for name, call, words in (
-        ("flux", flux, "Kontext"),
-        ("flux2", flux2, "reference images"),
-        ("qwen_image", qwen, "reference images"),
+        ("flux", flux, "cannot be told"),
+        ("flux2", flux2, "ids span"),
         ("z_image", z_image, "reference images"),
         ("ltx", ltx, "conditioning frames"),
     ):

@@ -85,6 +85,7 @@ def test_streams_stand_where_the_table_says(name):
 APPENDED = {
     "sd3": BUILD["sd3"],
     "flux": BUILD["flux"],
+    "flux2": BUILD["flux2"],
     "qwen_image": (tiny_qwen_image, lambda: qwen_image_call(missing=0)),
     "cogview4": BUILD["cogview4"],
     "auraflow": BUILD["auraflow"],
@@ -94,9 +95,8 @@ APPENDED = {
 
 def test_every_joint_family_takes_or_refuses_appended_prompts():
     joint = [family for family in FAMILIES if any(stack.kind == "joint" for stack in family.stacks)]
-    refusing = {family.name for family in joint if "RegionalPrompts" in dict(family.refuses)}
-    assert set(APPENDED) == {family.name for family in joint} - refusing
-    assert all(family.encode is not None for family in joint if family.name in APPENDED)
+    assert set(APPENDED) == {family.name for family in joint if family.encode is not None}
+    assert all("RegionalPrompts" in dict(family.refuses) for family in joint if family.encode is None)
 
 
 @pytest.mark.parametrize("name", APPENDED)
@@ -108,11 +108,11 @@ def test_appended_prompts_stand_where_the_layout_says(name):
     lengths, grid = family.tokens(call, model)
     site = family.sites(model)[0]
     tokens = lay_out(site.streams, lengths, grid, regions=(1, 2))
-    longer, other = family.add_text(call, extra), extra.clone()
+    longer, other = family.add_text(call, extra.split([1, 2], 1)), extra.clone()
     other[:, 1:] = fresh(other[:, 1:])
     plain, changed = (
         dict(record(model, [site], with_regions))[site.path].v
-        for with_regions in (longer, family.add_text(call, other))
+        for with_regions in (longer, family.add_text(call, other.split([1, 2], 1)))
     )
     span = tokens.span("region:1")
     assert plain.shape[2] == tokens.length

@@ -110,7 +110,13 @@ def test_modular_pipeline_equals_the_classic_one(tmp_path):
     classic = tiny_sd3_pipeline(tmp_path)
     control = ac.SoftPAG(heads="1.2", strength=0.8, scale=2.0)
     # without a negative prompt the modular pipeline has no unconditional prediction
-    arguments = {"negative_prompt": "a blue car", "num_inference_steps": 3, "height": 16, "width": 16, "output_type": "pt"}
+    arguments = {
+        "negative_prompt": "a blue car",
+        "num_inference_steps": 3,
+        "height": 16,
+        "width": 16,
+        "output_type": "pt",
+    }
     with ac.attach(classic, control):
         expected = classic(
             "a red cat",

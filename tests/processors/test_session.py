@@ -162,7 +162,9 @@ def test_the_models_own_padding_mask_stays_in_force(target):
         out = plain(q, k, v, mask)
         if perturbed and index == 1:
             mean = (v * mask.transpose(-1, -2)).sum(2, keepdim=True) / mask.sum(-1, keepdim=True)
-            out[:, 1] = torch.lerp(out[:, 1], v[:, 1] if target == "identity" else mean[:, 1].expand_as(out[:, 1]), 0.7)
+            out[:, 1] = torch.lerp(
+                out[:, 1], v[:, 1] if target == "identity" else mean[:, 1].expand_as(out[:, 1]), 0.7
+            )
         return out
 
     with torch.no_grad():
