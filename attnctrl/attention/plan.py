@@ -257,7 +257,11 @@ class Plan:
         """Raise AttnCtrlError with every reason why the plan does not fit; reads tensors, so call it once, not per
         step.
         """
-        wrong = [*self._wrong_rows(batch), *self._wrong_segments(n_q, n_k, heads), *self._wrong_lerps(n_q, n_k, heads, batch)]
+        wrong = [
+            *self._wrong_rows(batch),
+            *self._wrong_segments(n_q, n_k, heads),
+            *self._wrong_lerps(n_q, n_k, heads, batch),
+        ]
         if self.negative is not None:
             wrong += self.negative.why_not(n_q, n_k)
             wrong += ["segments and a negative text exclude each other"] if self.segments else []
