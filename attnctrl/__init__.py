@@ -21,7 +21,10 @@ _PUBLIC = {
     "HeadBatch": "heads",
     "HeadScale": "controls",
     "HeadSet": "heads",
+    "LanguageSession": "processors",
     "NormalizedAttention": "controls",
+    "PAI": "controls",
+    "PASTA": "controls",
     "Region": "regions",
     "RegionalPrompts": "controls",
     "Schedule": "schedule",
@@ -30,12 +33,19 @@ _PUBLIC = {
     "SmoothedEnergy": "controls",
     "SoftPAG": "controls",
     "TokenPerturbation": "controls",
+    "VAF": "controls",
+    "VAR": "controls",
     "attach": "processors",
+    "find_sink_dims": "processors",
     "hunt_heads": "search",
 }
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
+    from .controls import PAI as PAI
+    from .controls import PASTA as PASTA
+    from .controls import VAF as VAF
+    from .controls import VAR as VAR
     from .controls import Control as Control
     from .controls import HeadScale as HeadScale
     from .controls import NormalizedAttention as NormalizedAttention
@@ -47,8 +57,10 @@ if TYPE_CHECKING:
     from .errors import AttnCtrlError as AttnCtrlError
     from .heads import HeadBatch as HeadBatch
     from .heads import HeadSet as HeadSet
+    from .processors import LanguageSession as LanguageSession
     from .processors import Session as Session
     from .processors import attach as attach
+    from .processors import find_sink_dims as find_sink_dims
     from .regions import Region as Region
     from .schedule import Schedule as Schedule
     from .search import hunt_heads as hunt_heads

@@ -18,6 +18,7 @@ def inspect_model(model: str, revision: str | None = None) -> str:
     """A table of the model's attention sites, then the controls with what each would touch."""
     folder = resolve_model(model)
     with quiet_imports():
+        from ..controls import LanguageControl
         from ..controls.spec import control_types
         from ..families import find_family
 
@@ -37,6 +38,8 @@ def inspect_model(model: str, revision: str | None = None) -> str:
     lines += ["", "controls:"]
     reasons = dict(family.refuses)
     for name, kind in control_types().items():
+        if issubclass(kind, LanguageControl):
+            continue
         try:
             if reason := reasons.get(name, reasons.get("*")):
                 raise AttnCtrlError(reason)

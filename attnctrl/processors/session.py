@@ -8,12 +8,13 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..attention import Plan, record_kernels, with_mask
 from ..controls.base import Control, Moment
+from ..controls.language import LanguageControl
 from ..errors import AttnCtrlError
 from ..families import Family, find_denoiser, find_family
 from ..families.family import pick_rows, running
@@ -21,6 +22,10 @@ from ..guidance import add_to_all, add_to_rows, conditional_rows, guidance_delta
 from ..sites import Site, Tokens, lay_out
 from .diffusers import ControlledAttnProcessor
 from .gates import Gate, Kept
+
+
+if TYPE_CHECKING:
+    from .language import LanguageSession
 
 
 _ATTACHED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # denoiser -> its sessions, innermost last
@@ -126,6 +131,10 @@ class Session:
         self._attached = False
 
     def _check_family(self, control: Control) -> None:
+        if isinstance(control, LanguageControl):
+            raise AttnCtrlError(
+                f"{control.name} is for language models, and {type(self.model).__name__} is a denoiser"
+            )
         found = getattr(getattr(control, "heads", None), "family", None)
         if found not in (None, self.family.name):
             raise AttnCtrlError(
@@ -674,11 +683,14 @@ class Session:
         return "\n".join(lines)
 
 
-def attach(target: Any, *controls: Control, prefix_reuse: bool = True, pipeline: Any = None) -> Session:
-    """Attaches controls to a pipeline or a denoiser; detach with the session's `detach`, or use it in a `with` statement.
+def attach(
+    target: Any, *controls: Control, prefix_reuse: bool = True, pipeline: Any = None
+) -> Session | LanguageSession:
+    """Attaches controls to a pipeline, a denoiser or a language model; detach with the session's `detach`, or use it in a `with`
+    statement.
 
     Args:
-        target: a diffusers pipeline, or its denoiser alone.
+        target: a diffusers pipeline, its denoiser alone, or a transformers model that generates text (from images or not).
         controls: any set of controls; neutral ones (strength 0, no regions) are not attached and cost nothing.
         prefix_reuse: perturbed passes start at their first perturbed block, from what the plain pass computed; exact.
         pipeline: the pipeline that runs `target`, where a pipeline has two denoisers (Wan 2.2) and each gets a session.
@@ -686,6 +698,11 @@ def attach(target: Any, *controls: Control, prefix_reuse: bool = True, pipeline:
     Raises:
         AttnCtrlError: unknown family, layer or head, no match, or two controls that exclude each other.
     """
+    model = getattr(target, "_orig_mod", target)
+    if any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__):
+        from .language import LanguageSession
+
+        return LanguageSession(target, *controls).attach()
     return Session(target, *controls, prefix_reuse=prefix_reuse, pipeline=pipeline).attach()
 
 

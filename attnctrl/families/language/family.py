@@ -1,0 +1,150 @@
+"""What attnctrl has to be told about a language model: where it lies in the whole, and which tokens stand for images.
+
+All facts are of transformers 5.23. A model that is in no table is taken as it is if it names its language model and its image token
+the usual way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ...errors import AttnCtrlError
+from ...sites import Site
+
+
+STREAMS = ("tokens",)  # of a site of a language model
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a control may know of the language model."""
+
+    name: str
+    model_type: str
+    hidden: int
+    layers: int
+    vocabulary: int
+    image_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LanguageFamily:
+    """How a family is built.
+
+    Args:
+        name: as reports write it. model_type: of its config.
+        language: path of the language model inside the base model (``model.base_model``); "" is the base model itself.
+        image_ids: names in the config of the tokens that stand for image or video features.
+        refuses: reasons by control name, or under "image" for all controls of image tokens, why one cannot work.
+    """
+
+    name: str
+    model_type: str
+    language: str = "language_model"
+    image_ids: tuple[str, ...] = ("image_token_id",)
+    refuses: tuple[tuple[str, str], ...] = ()
+
+
+_VIDEO = ("image_token_id", "video_token_id")
+FAMILIES = (
+    LanguageFamily("LLaVA", "llava"),
+    LanguageFamily("LLaVA-NeXT", "llava_next"),
+    LanguageFamily("LLaVA-OneVision", "llava_onevision", image_ids=_VIDEO),
+    LanguageFamily("Qwen2-VL", "qwen2_vl", image_ids=_VIDEO),
+    LanguageFamily("Qwen2.5-VL", "qwen2_5_vl", image_ids=_VIDEO),
+    LanguageFamily("Qwen3-VL", "qwen3_vl", image_ids=_VIDEO),
+    LanguageFamily("SmolVLM", "smolvlm", language="text_model"),
+    LanguageFamily("Idefics3", "idefics3", language="text_model"),
+    LanguageFamily("InternVL", "internvl"),
+    LanguageFamily("Gemma 3", "gemma3"),
+    LanguageFamily("PaliGemma", "paligemma"),
+    LanguageFamily("Mistral 3", "mistral3"),
+    LanguageFamily("FastVLM", "fast_vlm"),
+    LanguageFamily(
+        "Mllama",
+        "mllama",
+        refuses=(("image", "its image tokens are keys of cross-attention layers, not of the sequence"),),
+    ),
+)
+_BRANCHES = "its code does different things under different attention implementations"
+REFUSED = {
+    "dots3_note": _BRANCHES,
+    "falcon": _BRANCHES,
+    "gemma4": _BRANCHES,
+    "gpt2": _BRANCHES,
+    "minimax_m3_vl": _BRANCHES,
+    "qwen2_5_omni": _BRANCHES,
+}
+
+
+@dataclass(frozen=True)
+class Language:
+    """A language model in place: the module that is called with token ids, the language model in it, and its attention sites."""
+
+    family: LanguageFamily
+    base: nn.Module
+    decoder: nn.Module
+    sites: tuple[Site, ...]
+    facts: Model
+
+
+def find_language(model: nn.Module) -> Language:
+    """The language model of a transformers model. Raises AttnCtrlError where there is none, or none that can be controlled."""
+    kind = type(model).__name__
+    config = model.config
+    model_type = getattr(config, "model_type", "")
+    for found in {model_type, getattr(config.get_text_config(), "model_type", "")} & set(REFUSED):
+        raise AttnCtrlError(f"{kind} ({found}) cannot be controlled: {REFUSED[found]}")
+    base = model.base_model
+    family = next((family for family in FAMILIES if family.model_type == model_type), None)
+    if family is None:
+        text_only = not getattr(config, "sub_configs", None)
+        ids = tuple(name for name in _VIDEO if isinstance(getattr(config, name, None), int))
+        if not text_only and not ids:
+            raise AttnCtrlError(
+                f"{kind} is in no family table, and its config names no image_token_id\n"
+                "HINT: LanguageFamily (attnctrl/families/language/family.py) names its language model and its image tokens; "
+                f"known: {', '.join(family.name for family in FAMILIES)}"
+            )
+        family = LanguageFamily(kind, model_type, language="", image_ids=ids)
+        decoder = base if text_only else model.get_decoder()
+    else:
+        decoder = getattr(base, family.language, None) if family.language else base
+        if decoder is None:
+            raise AttnCtrlError(
+                f"{kind}: {type(base).__name__} has no {family.language!r}, where {family.name} keeps it"
+            )
+    prefix = next((f"{path}." if path else "" for path, module in model.named_modules() if module is decoder), "")
+    sites = tuple(
+        Site(f"{prefix}{path}", module.layer_idx, "self", _heads(module, decoder), STREAMS)
+        for path, module in decoder.named_modules()
+        if _is_self_attention(module)
+    )
+    if not sites:
+        raise AttnCtrlError(
+            f"{kind}: {type(decoder).__name__} has no attention that goes through transformers' attention interface\n"
+            "HINT: its attention modules need layer_idx, scaling and a config, as in Llama"
+        )
+    ids = tuple(value for name in family.image_ids if isinstance(value := getattr(config, name, None), int))
+    text = decoder.config
+    facts = Model(family.name, text.model_type, text.hidden_size, len(sites), text.vocab_size, ids)
+    return Language(family, base, decoder, sites, facts)
+
+
+def _is_self_attention(module: nn.Module) -> bool:
+    name = type(module).__name__
+    routed = all(hasattr(module, attribute) for attribute in ("config", "scaling")) and isinstance(
+        getattr(module, "layer_idx", None), int
+    )
+    return routed and "Attention" in name and "Cross" not in name
+
+
+def _heads(module: Any, decoder: Any) -> int:
+    for owner in (module, module.config, decoder.config):
+        for name in ("num_heads", "num_attention_heads"):
+            if isinstance(getattr(owner, name, None), int):
+                return getattr(owner, name)
+    raise AttnCtrlError(f"{type(module).__name__} names its number of heads nowhere")

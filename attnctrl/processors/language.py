@@ -1,0 +1,466 @@
+"""`LanguageSession`: controls enter a transformers model that generates text, from images or not, and leave it without a trace."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections import Counter
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import record_kernels
+from ..attention.kernels import count_kernel
+from ..attention.rows import Mask, RowEdit, edit_rows
+from ..controls.base import Control
+from ..controls.language import LanguageControl, Prompt
+from ..errors import AttnCtrlError
+from ..families.language import find_language
+from ..sites import Site, Tokens
+from . import transformers as interface
+
+
+class LanguageSession:
+    """Controls attached to one language model. Use it as a context manager, or call `detach`.
+
+    The model's own attention implementation stays the kernel of all layers and rows without an edit. Positions of images are read
+    from `input_ids`; prompts may be padded on either side, have several images each, and be continued with a cache. Inside
+    `generate`, with a cache or without, the prompt is what was there before the first new token.
+
+    Args:
+        model: a transformers model with a language model in it.
+        controls: language controls, and `HeadScale` without `scale`; neutral ones are not attached.
+    """
+
+    def __init__(self, model: nn.Module, *controls: Control):
+        wrong = [repr(control) for control in controls if not isinstance(control, Control)]
+        if wrong:
+            raise AttnCtrlError(f"not a control: {', '.join(wrong)}\nHINT: attach(model, ac.PAI(alpha=0.2), …)")
+        self.model = model = getattr(model, "_orig_mod", model)  # a compiled model is controlled as it is
+        self.language = find_language(model)
+        self.family, self.sites = self.language.family, self.language.sites
+        self.controls = tuple(controls)
+        self.records: list = []
+        self.notes: list[str] = []
+        self.calls: Counter = Counter()
+        self.kernels: Counter = Counter()
+        self.hits: dict[Control, Counter] = {control: Counter() for control in controls}
+        self._fitted: dict[Control, Control] = {}
+        self._weights: dict[Control, dict[str, Tensor]] = {}
+        self._alike: dict[Control, dict[str, tuple]] = {}  # the weights as values: equal ones share their edits
+        for control in controls:
+            self._check_family(control)
+            fitted = control.fit(self.language.facts) if isinstance(control, LanguageControl) else control
+            touched = fitted.touches(self.sites)
+            if not control.neutral:
+                if not touched:
+                    raise AttnCtrlError(f"{control.name} touches no attention of {self.family.name}")
+                self._fitted[control], self._weights[control] = fitted, touched
+                self._alike[control] = {path: tuple(weights.flatten().tolist()) for path, weights in touched.items()}
+        self._modules: dict[str, nn.Module] = {}
+        self._by_module: dict[nn.Module, Site] = {}
+        self._configs: list[Any] = []
+        self._hooks: list = []
+        self._attached = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._now: Prompt | None = None
+        self._generating: _Generation | None = None
+        self._prompts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # cache -> prompt
+        self._seen: set[str] = set()
+        self._edits: dict[tuple, tuple] = {}
+        self._masks: dict[tuple, tuple[Any, Mask]] = {}
+
+    def _check_family(self, control: Control) -> None:
+        found = getattr(getattr(control, "heads", None), "family", None)
+        if found not in (None, self.family.name):
+            raise AttnCtrlError(
+                f"{control.name}: the head set was found on family {found!r}, this model is {self.family.name!r}"
+            )
+        reasons = dict(self.family.refuses)
+        image = isinstance(control, LanguageControl) and control.needs_image
+        if reason := reasons.get(control.name, reasons.get("image") if image else None):
+            raise AttnCtrlError(f"{control.name} cannot work on {self.family.name}: {reason}")
+        if isinstance(control, LanguageControl):
+            return
+        if control.guides or control.shapes or not hasattr(control, "heads") or control.name != "HeadScale":
+            raise AttnCtrlError(
+                f"{control.name} is for diffusion models\nHINT: on language models PAI, PASTA, VAF, VAR, and HeadScale without scale"
+            )
+        if not control.schedule.everywhere:
+            raise AttnCtrlError(
+                f"{control.name}: a language model has no denoising steps, so start and stop mean nothing"
+            )
+
+    # -- entering and leaving ------------------------------------------------------------------------------------------
+
+    def attach(self) -> LanguageSession:
+        if self._attached:
+            raise AttnCtrlError("this session is attached already")
+        modules = dict(self.model.named_modules())
+        paths = sorted({path for touched in self._weights.values() for path in touched})
+        with interface.LOCK:
+            busy = {other for site in self.sites if (other := interface.holder(modules[site.path])) is not None}
+            if busy and paths:
+                names = ", ".join(name for other in busy for name in other.names())
+                raise AttnCtrlError(
+                    f"{names} is attached to this model already\nHINT: attach all controls together: attach(model, first, second)"
+                )
+            self._attached = True
+            if not paths:
+                return self
+            try:
+                self._modules = {path: modules[path] for path in paths}
+                self._by_module = {modules[site.path]: site for site in self.sites if site.path in self._modules}
+                for config in {
+                    id(c): c for c in (self.language.decoder.config, *(m.config for m in self._modules.values()))
+                }.values():
+                    interface.switch_on(config)
+                    self._configs.append(config)
+                interface.hold(list(self._modules.values()), self)
+                base = self.language.base
+                self._names = list(inspect.signature(base.forward).parameters)
+                self._hooks = [
+                    base.register_forward_pre_hook(self._before, with_kwargs=True),
+                    base.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+                ]
+                watched = {
+                    path for c, touched in self._weights.items() if getattr(c, "watches", False) for path in touched
+                }
+                for path in sorted(watched):
+                    layer = modules[path.rpartition(".")[0]]
+                    hook = self._watching(next(site for site in self.sites if site.path == path))
+                    self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+                if hasattr(self.model, "generate"):
+                    self._had_generate = self.model.__dict__.get("generate")
+                    self._inner_generate = self.model.generate
+                    self.model.generate = self._generate
+            except BaseException:
+                self._remove()
+                raise
+        return self
+
+    def _remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if getattr(self, "_inner_generate", None) is not None:
+            self.model.__dict__.pop("generate", None)
+            if self._had_generate is not None:
+                self.model.__dict__["generate"] = self._had_generate
+            self._inner_generate = None
+        interface.release(list(self._modules.values()))
+        for config in self._configs:
+            interface.switch_off(config)
+        self._configs, self._modules, self._by_module = [], {}, {}
+        self._attached = False
+        self._forget()
+
+    def detach(self) -> None:
+        """Restores the attention implementation and removes every hook. Calling it twice is harmless."""
+        with interface.LOCK:
+            if self._attached:
+                self._remove()
+
+    def __enter__(self) -> LanguageSession:
+        return self if self._attached else self.attach()
+
+    def __exit__(self, *exc) -> None:
+        self.detach()
+
+    @property
+    def attached(self) -> bool:
+        return self._attached
+
+    def names(self) -> list[str]:
+        return [control.name for control in self._fitted]
+
+    # -- one call of the model -------------------------------------------------------------------------------------------
+
+    def _generate(self, *args, **kwargs):
+        """The model's `generate`, with the prompt told from what is written."""
+        config = (
+            kwargs.get("generation_config")
+            or (args[1] if len(args) > 1 else None)
+            or getattr(self.model, "generation_config", None)
+        )
+        assisted = kwargs.get("assistant_model") is not None or any(
+            (kwargs.get(name) or getattr(config, name, None))
+            for name in ("prompt_lookup_num_tokens", "assistant_early_exit")
+        )
+        if assisted:
+            raise AttnCtrlError(
+                f"{', '.join(self.names())}: assisted generation reads several guessed tokens a call, which would pass for prompt\n"
+                "HINT: generate without assistant_model and prompt_lookup_num_tokens"
+            )
+        count = [
+            kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")
+        ]
+        self._generating = _Generation(copies=max(count[0], count[1]))
+        try:
+            return self._inner_generate(*args, **kwargs)
+        finally:
+            self._generating = None
+
+    @torch.compiler.disable
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Finds out what the call reads: a new prompt, more of one, or what the model has just written."""
+        bound = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        ids, embeds, cache = (bound.get(name) for name in ("input_ids", "inputs_embeds", "past_key_values"))
+        self._seen.clear()
+        self._edits.clear()
+        self._masks.clear()
+        self._now = None
+        if ids is None and embeds is None:
+            raise AttnCtrlError(f"{', '.join(self.names())}: {type(module).__name__} was called without input_ids")
+        shape, device = (ids if ids is not None else embeds).shape[:2], (ids if ids is not None else embeds).device
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        now = self._prompt(ids, shape, device, past, cache, bound.get("attention_mask"))
+        if cache is not None:
+            self._prompts[cache] = now
+        if self._generating is not None:
+            self._generating.prompt = now
+        if now.reads:
+            for control, fitted in self._fitted.items():
+                if isinstance(fitted, LanguageControl):
+                    fitted.read(now)
+                    if fitted.needs_image and None in now.first_image:
+                        self._note(
+                            f"{control.name}: rows {_rows(now.first_image)} of a batch hold no image and stay as they are"
+                        )
+        self._now = now
+
+    def _prompt(self, ids: Tensor | None, shape, device, past: int, cache: Any, mask: Any) -> Prompt:
+        batch, length = shape
+        writing = self._generating
+        if past == 0 and writing is not None and writing.prompt is not None and length > writing.prompt.image.shape[1]:
+            now, now_reads = writing.prompt, False  # without a cache all of it is read again
+        elif past == 0:
+            copies = writing.copies if writing is not None and batch % writing.copies == 0 else 1
+            valid = _valid(mask, batch, length, device, None)
+            now = Prompt(
+                ids, valid, self._images(ids, shape, device), torch.zeros(shape, dtype=torch.bool, device=device)
+            )
+            now.copies, now_reads = copies, True
+        else:
+            now = self._prompts.get(cache)
+            if now is None or now.total != past:
+                had = (
+                    "read before the session was attached"
+                    if now is None
+                    else f"changed: {past} positions, {now.total} were read"
+                )
+                raise AttnCtrlError(
+                    f"{', '.join(self.names())}: the prompt in this cache was {had}\nHINT: attach first, then read the prompt"
+                )
+            if length > 1:
+                now.extend(
+                    ids, _valid(mask, batch, past + length, device, now), self._images(ids, shape, device), past
+                )
+            now_reads = length > 1
+        if now.batch != batch:
+            raise AttnCtrlError(
+                f"{', '.join(self.names())}: the prompt had {now.batch} rows, this call has {batch}\nHINT: keep the batch as it is"
+            )
+        now.past, now.length, now.reads = past, length, now_reads
+        return now
+
+    def _images(self, ids: Tensor | None, shape, device) -> Tensor:
+        image = torch.zeros(shape, dtype=torch.bool, device=device)
+        for token in self.language.facts.image_ids if ids is not None else ():
+            image = image | (ids == token)
+        return image
+
+    @torch.compiler.disable
+    def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """Also runs after an exception; then there is no output."""
+        now, self._now = self._now, None
+        self._masks.clear()
+        self._edits.clear()
+        if output is None or now is None:
+            return
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None:
+            self._prompts[cache] = now
+        self.calls["calls that read" if now.reads else "calls that write"] += 1
+        for control, touched in self._weights.items():
+            missed = set(touched) - self._seen
+            if missed:
+                raise AttnCtrlError(
+                    f"{control.name} did not take effect at {len(missed)} of {len(touched)} layers, e.g. {min(missed)}: "
+                    "they did not go through the attention interface\nHINT: leave the attention implementation alone while attached"
+                )
+
+    def _watching(self, site: Site):
+        @torch.compiler.disable
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            now = self._now
+            if now is None or not now.reads:
+                return
+            hidden = args[0] if args else kwargs["hidden_states"]
+            for control, fitted in self._fitted.items():
+                if getattr(fitted, "watches", False) and site.path in self._weights[control]:
+                    fitted.watch(site, now, hidden)
+
+        return hook
+
+    def attend(self, inner, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *args, **kwargs):
+        """One attention call of a held module: q (B, H, T, D), k and v (B, H_kv, S, D); returns ((B, T, H, D), None)."""
+        site, now = self._by_module[module], self._now
+        if now is None:
+            raise AttnCtrlError(
+                f"{', '.join(self.names())}: {type(self.language.decoder).__name__} was called past {type(self.language.base).__name__}, "
+                "which is given the token ids\nHINT: call the model that the controls are attached to"
+            )
+        self._refuse(module, now, q, kwargs)
+        edits, scale_of_heads = self._edits_at(site, now, k.shape[2])
+
+        def plain() -> Tensor:
+            count_kernel("the model's own")
+            return inner(module, q, k, v, mask, *args, **kwargs)[0].transpose(1, 2)
+
+        n_k = min(k.shape[2], now.total)
+        with record_kernels() as log:
+            if not edits:
+                out = plain()
+            else:
+                keys, values = (x[:, :, :n_k] if x.shape[2] > n_k else x for x in (k, v))
+                seen = self._mask(mask, module, q.shape[2], n_k, kwargs)
+                named = {"scale": kwargs.get("scaling"), "softcap": kwargs.get("softcap")}
+                with self._named(site):
+                    out = edit_rows(q, keys, values, edits, plain, mask=seen, **named)
+            if scale_of_heads is not None:
+                out = out * scale_of_heads.to(out.device, out.dtype)[:, :, None, None]
+        self.kernels.update(log)
+        self._seen.add(site.path)
+        for control, touched in self._weights.items():
+            if site.path in touched:
+                self.hits[control][site.path] += 1
+        return out.transpose(1, 2).contiguous(), None
+
+    def _refuse(self, module: nn.Module, now: Prompt, q: Tensor, kwargs: dict) -> None:
+        wrong = []
+        if kwargs.get("dropout"):
+            wrong.append("attention dropout is on, and edited rows have none: call model.eval()")
+        wrong += [
+            f"the model passes {name}" for name in ("s_aux", "position_bias", "cache") if kwargs.get(name) is not None
+        ]
+        if q.shape[2] != now.length or q.shape[0] != now.batch:
+            wrong.append(
+                f"{q.shape[0]} x {q.shape[2]} queries, of {now.batch} x {now.length} tokens that the model was given"
+            )
+        if wrong:
+            raise AttnCtrlError(
+                f"{', '.join(self.names())} on {self.family.name}, {type(module).__name__}: {'; '.join(wrong)}"
+            )
+
+    def _edits_at(self, site: Site, now: Prompt, n_k: int) -> tuple[tuple[RowEdit, ...], Tensor | None]:
+        """Edits of a call at a site, and what multiplies its heads, (B|1, H). Layers that are edited alike share one value."""
+        n_k = min(n_k, now.total)
+        edits: list[RowEdit] = []
+        factors: list[Tensor] = []
+        for control, touched in self._weights.items():
+            weights, fitted = touched.get(site.path), self._fitted[control]
+            if weights is None:
+                continue
+            if not isinstance(fitted, LanguageControl):
+                tokens = Tokens((("tokens", 0, now.length),), (now.length,))
+                factor = fitted.edit(site, tokens, weights).head_scale
+                factor = factor[None] if factor.ndim == 1 else factor
+                if factor.shape[0] not in (1, now.batch // now.copies):
+                    raise AttnCtrlError(
+                        f"{control.name} has head sets for {factor.shape[0]} prompts, the batch has {now.batch // now.copies}"
+                    )
+                factors.append(factor.repeat_interleave(now.copies, 0) if factor.shape[0] > 1 else factor)
+                continue
+            key = (control, n_k, self._alike[control][site.path], site.layer if fitted.per_layer else None)
+            if key not in self._edits:
+                with self._named(site):
+                    found = fitted.row_edits(site, now, weights, n_k)
+                self._edits[key] = tuple(e for e in found if e.start is None or min(e.start) < now.length)
+            edits += self._edits[key]
+        total = None
+        for factor in factors:
+            total = factor if total is None else total * factor
+        return tuple(edits), total
+
+    def _mask(self, mask: Any, module: nn.Module, n_q: int, n_k: int, kwargs: dict) -> Mask:
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        if mask is not None and not isinstance(mask, Tensor):
+            raise AttnCtrlError(
+                f"the attention mask is a {type(mask).__name__}, which rows cannot be read from\nHINT: model.set_attn_implementation('sdpa')"
+            )
+        window = kwargs.get("sliding_window")
+        if (mask is None or mask.ndim == 2) and n_q < n_k and n_q > 1 and not self._now.past == n_k - n_q:
+            raise AttnCtrlError(f"{n_q} queries and {n_k} keys without a mask that says which rows they are")
+        if mask is not None and mask.ndim == 2 and window is not None and n_k > window:
+            raise AttnCtrlError("a sliding window without a mask of it\nHINT: model.set_attn_implementation('sdpa')")
+        key = (id(mask), n_q, n_k, bool(causal))
+        if key not in self._masks:
+            part = mask if mask is None else mask[..., :n_k]
+            self._masks[key] = (mask, Mask.read(part, n_q, n_k, bool(causal)))
+        return self._masks[key][1]
+
+    @contextmanager
+    def _named(self, site: Site):
+        try:
+            yield
+        except AttnCtrlError as error:
+            raise AttnCtrlError(f"{', '.join(self.names())} on {self.family.name}, {site.path}: {error}") from None
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    # -- what people ask -----------------------------------------------------------------------------------------------------
+
+    def report(self) -> str:
+        """What was attached where, how often it acted, and what it did."""
+        lines = [f"{self.family.name}: {type(self.model).__name__}, {len(self.sites)} attention layers"]
+        for control in self.controls:
+            if control not in self._fitted:
+                lines.append(f"  {control.name}: neutral, not attached")
+                continue
+            hits = sum(self.hits[control].values())
+            acted = f"acted {hits} times" if hits else "has not acted yet"
+            lines.append(f"  {control.name}: {len(self._weights[control])} layers, {acted}")
+            fitted = self._fitted[control]
+            if isinstance(fitted, LanguageControl):
+                lines += [f"  {line}" for line in fitted.says()]
+        if self.calls:
+            lines.append("  model: " + ", ".join(f"{count} {name}" for name, count in self.calls.items()))
+        lines += [f"  note: {note}" for note in self.notes]
+        if self.kernels:
+            lines.append("  kernels: " + ", ".join(f"{name} × {count}" for name, count in self.kernels.most_common()))
+        return "\n".join(lines)
+
+
+class _Generation:
+    """A running `generate`: its prompt once it is read, and how many rows it makes of each."""
+
+    def __init__(self, copies: int):
+        self.copies = copies
+        self.prompt: Prompt | None = None
+
+
+def _rows(found: list) -> str:
+    return ", ".join(str(row) for row, at in enumerate(found) if at is None)
+
+
+def _valid(mask: Any, batch: int, total: int, device: torch.device, before: Prompt | None) -> Tensor:
+    """Which positions are no padding, (B, total), from the mask that the model was given: (B, total), or prepared, 4-D."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= total:
+        return mask[:, :total].to(device, torch.bool)
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return seen[:, 0, :, :total].any(1).expand(batch, -1).to(device)
+    valid = torch.ones(batch, total, dtype=torch.bool, device=device)
+    if before is not None:
+        valid[:, : before.valid.shape[1]] = before.valid
+    return valid
