@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +25,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Control atte
 REGIONS, HEADS, MODEL, PICTURES, FILES = "Regions", "Perturbed heads (SoftPAG)", "Model", "Pictures", "Files"
 CONTROLS = "Any control"
 SEARCH = "Search"
-EARLY = 0.3  # share of the steps that isolated regions rule unless asked otherwise; the paper recommends 5 to 10 of 24
+LEFT_OUT = "Of rows that leave it out."
 
 
 def _version(value: bool) -> None:
@@ -48,7 +48,20 @@ def options(
 
 @app.command(no_args_is_help=True)
 def generate(
-    prompt: Annotated[list[str], typer.Argument(metavar="PROMPT", help="What to draw. Several words are joined.")],
+    context: typer.Context,
+    prompt: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw. Several words are joined.")
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="IMAGE",
+            help="Make a picture again from the request that it carries, bit by bit the same on the same machine. Beside it only "
+            "--device, --cpu-offload, --output, --name and --report.",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
     region: Annotated[
         list[str] | None,
         typer.Option(
@@ -220,10 +233,19 @@ def generate(
 
     The written files are printed, one a line. Pictures carry their request: see `attnctrl show`.
     """
-    from .generate import Job, run
+    from .generate import Job, remake, run
 
+    if source is not None:
+        given = {name: value for name, value in context.params.items() if _was_given(context, name)}
+        beside = {name: given.pop(name) for name in ("device", "cpu_offload", "output", "name") if name in given}
+        others = [name for name in given if name not in ("source", "report")]
+        if others:
+            what = ", ".join("PROMPT" if name == "prompt" else _flags([name]) for name in others)
+            raise AttnCtrlError(f"--from takes the whole request from the picture\nHINT: leave out {what}")
+        _tell(remake(source, beside, report), messages=True)
+        return
     job = Job(
-        prompt=" ".join(prompt),
+        prompt=" ".join(prompt or ()),
         negative_prompt=negative_prompt,
         model=model,
         seed=seed,
@@ -263,11 +285,158 @@ def generate(
         "stop": stop,
     }
     controls = build_controls(region or (), regional, heads, layers, perturbing, control or ())
-    for made in run(job, controls):
-        if isinstance(made, Path):
-            typer.echo(made)
-        elif report:
-            typer.echo(made, err=True)
+    _tell(run(job, controls), report)
+
+
+def _tell(made: Iterable[Path | str], messages: bool) -> None:
+    """Files on stdout, messages on stderr."""
+    for item in made:
+        if isinstance(item, Path):
+            typer.echo(item)
+        elif messages:
+            typer.echo(item, err=True)
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    return context.get_parameter_source(name).name not in ("DEFAULT", "DEFAULT_MAP")
+
+
+@app.command(no_args_is_help=True)
+def batch(
+    requests: Annotated[
+        Path | None,
+        typer.Argument(metavar="REQUESTS", help="A .jsonl, .csv, .tsv or .parquet file, one request a row."),
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of pictures and results. The same command goes on where it was stopped.",
+            rich_help_panel=FILES,
+        ),
+    ] = Path("batch"),
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a row, and stop.")] = False,
+    skip_invalid: Annotated[
+        bool, typer.Option("--skip-invalid", help="Leave wrong rows out; they are written to rejected.jsonl.")
+    ] = False,
+    fail_fast: Annotated[
+        bool, typer.Option("--fail-fast", help="Stop at the first picture that cannot be made.")
+    ] = False,
+    engine: Annotated[
+        str,
+        typer.Option(help="local: this process (`accelerate launch` runs several); ray: workers of a Ray cluster."),
+    ] = "local",
+    workers: Annotated[
+        int | None, typer.Option(help="Workers of --engine ray.", show_default="one a GPU, at least 1")
+    ] = None,
+    image_format: Annotated[str, typer.Option(help="png, or webp (lossless).", rich_help_panel=FILES)] = "png",
+    shard_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Also write tar shards of N pictures and their results (WebDataset).",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A built-in model, a local folder or a hub id.", rich_help_panel=MODEL)
+    ] = "builtin:icons-t2i",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, float16 or bfloat16.", show_default="bfloat16 on CUDA, else float32", rich_help_panel=MODEL
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.", show_default="the best", rich_help_panel=MODEL)
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Variant of the weight files, such as fp16.", rich_help_panel=MODEL)
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision on the hub.", rich_help_panel=MODEL)] = None,
+    lora: Annotated[
+        str | None, typer.Option(help="LoRA weights: a file, folder or hub id.", rich_help_panel=MODEL)
+    ] = None,
+    attention_backend: Annotated[
+        str | None,
+        typer.Option(help="diffusers' attention backend where no control acts.", rich_help_panel=MODEL),
+    ] = None,
+    cpu_offload: Annotated[
+        bool, typer.Option("--cpu-offload", help="Keep parts that do not work on the CPU.", rich_help_panel=MODEL)
+    ] = False,
+    batch_size: Annotated[
+        int,
+        typer.Option(help="Pictures of one shape and one set of controls made at a time.", rich_help_panel=PICTURES),
+    ] = 4,
+    negative_prompt: Annotated[str | None, typer.Option(help=LEFT_OUT, rich_help_panel=PICTURES)] = None,
+    seed: Annotated[int | None, typer.Option(help=LEFT_OUT, show_default="0", rich_help_panel=PICTURES)] = None,
+    steps: Annotated[int | None, typer.Option(help=LEFT_OUT, show_default="24", rich_help_panel=PICTURES)] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help=LEFT_OUT, show_default="4", rich_help_panel=PICTURES)
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(help=LEFT_OUT, show_default="the model's", rich_help_panel=PICTURES)
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(help=LEFT_OUT, show_default="the model's", rich_help_panel=PICTURES)
+    ] = None,
+    max_sequence_length: Annotated[
+        int | None, typer.Option(help=LEFT_OUT, show_default="the pipeline's", rich_help_panel=PICTURES)
+    ] = None,
+) -> None:
+    """Make the pictures of a file of requests. Stopped at any moment, the same command goes on.
+
+    Every row is checked first, and nothing is made from a file with wrong ones. Results are in results.jsonl, one line a picture,
+    failures in failed.jsonl; the exit code is 1 when a picture could not be made.
+    """
+    if schema:
+        from .batch.requests import published_schema
+
+        typer.echo(json.dumps(published_schema(), indent=2, ensure_ascii=False))
+        return
+    if requests is None:
+        raise AttnCtrlError("there is no file of requests\nHINT: attnctrl batch requests.jsonl --output DIR")
+    from .batch.run import Batch, BatchFailed, run
+    from .generate import Job
+
+    job = Job(
+        prompt="of the requests",
+        model=model,
+        dtype=dtype,
+        device=device,
+        variant=variant,
+        revision=revision,
+        lora=lora,
+        attention_backend=attention_backend,
+        cpu_offload=cpu_offload,
+        batch_size=batch_size,
+        output=output,
+    )
+    defaults = {
+        "negative_prompt": negative_prompt,
+        "seed": seed,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "height": height,
+        "width": width,
+        "max_sequence_length": max_sequence_length,
+    }
+    asked = Batch(
+        requests,
+        job,
+        {name: value for name, value in defaults.items() if value is not None},
+        image_format=image_format.lower(),
+        shard_size=shard_size,
+        skip_invalid=skip_invalid,
+        fail_fast=fail_fast,
+        engine=engine,
+        workers=workers,
+    )
+    try:
+        _tell(run(asked), messages=True)
+    except BatchFailed as error:
+        typer.echo(f"attnctrl: {error}", err=True)
+        raise typer.Exit(1) from None
 
 
 @app.command(no_args_is_help=True)
@@ -426,9 +595,9 @@ def inspect(
 
 
 @app.command(no_args_is_help=True)
-def show(image: Annotated[Path, typer.Argument(help="A PNG of `attnctrl generate`.")]) -> None:
+def show(image: Annotated[Path, typer.Argument(help="A picture of `attnctrl generate` or `batch`.")]) -> None:
     """Print the request that a picture was made from, as JSON."""
-    from .metadata import read_request
+    from .batch.pictures import read_request
 
     typer.echo(json.dumps(read_request(image), indent=2, ensure_ascii=False))
 
@@ -444,6 +613,8 @@ def build_controls(
     """The controls that the options ask for. Options without the one that switches their control on are refused."""
     regional = {name: value for name, value in regional.items() if value is not None}
     perturbing = {name: value for name, value in perturbing.items() if value is not None}
+    from .generate import EARLY
+
     flags = {"region": "perturb-region"}
     if perturbing and heads is None and layers is None:
         raise AttnCtrlError(

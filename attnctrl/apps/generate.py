@@ -5,6 +5,7 @@ Nothing heavy is imported with this module: what can be said about a request wit
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -19,9 +20,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL.Image import DecompressionBombError
+
 from ..errors import AttnCtrlError
 from ..icons.models import resolve_model
-from .metadata import mask_to_text, save_image
+from .metadata import mask_from_text, mask_to_text, save_image
 
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from ..controls import Control
     from ..regions import Region
 
+EARLY = 0.3  # share of the steps that isolated regions rule unless asked otherwise; the paper recommends 5 to 10 of 24
 VERSIONED = ("torch", "diffusers", "transformers", "numpy", "pillow")
 _MAX_SEED = 2**63 - 1
 
@@ -172,14 +176,81 @@ def run(job: Job, controls: Sequence[Control]) -> Iterator[Path | str]:
         for ending, attached, asked in ways:
             with attached or nullcontext():
                 images = sample(pipeline, arguments, seeds, _bar(ending, session, seeds, job))
-            for seed, image in zip(seeds, images):
-                facts = {**asked, "seed": seed, "width": image.width, "height": image.height}
+            for index, (seed, image) in enumerate(zip(seeds, images)):
+                facts = {**asked, **picture_facts(image, seed, index, len(seeds))}
                 yield save_image(image, job.output / f"{stem}-{seed}{ending}.png", facts)
             pictures[ending] += images if job.compare else []
     if job.compare:
         yield write_sheet(job, stem, request, controls, pictures)
     if session is not None:
         yield session.report()
+
+
+def remake(source: Path, given: dict[str, Any], report: bool = False) -> Iterator[Path | str]:
+    """Makes a picture again from its request; yields its file, and messages: what differs here, and the session's report if asked.
+
+    The picture gets its old place in a batch of the old size, filled up with copies: how matrix products round depends on the sizes
+    of a batch, not on what its other rows hold. `given`: arguments of `Job` that replace those of the request.
+    """
+    from .._quiet import quiet_imports
+
+    with quiet_imports():
+        from ..processors import Session
+        from .loading import load_pipeline
+
+    from .batch.pictures import read_request, save_picture
+
+    request = read_request(source)
+    try:
+        job, controls, (index, size) = _read_again(request, given)
+    except AttnCtrlError as error:
+        raise AttnCtrlError(f"{str(source)!r} cannot be made again: {error}") from None
+    here, there = versions(), request.get("versions")
+    other = [f"{key} {there[key]}" for key in here if key in there and there[key] != here[key]]
+    if other:
+        yield f"made with {', '.join(other)}, which differs here: pixels may too"
+    pipeline, made = load_pipeline(job)
+    session = Session(pipeline, *controls) if controls else None
+    asked = job.request(controls, made)
+    ending = "webp" if source.suffix.lower() == ".webp" else "png"
+    target = job.output / f"{job.stem(asked)}-{job.seed}.{ending}"
+    with session or nullcontext():
+        image = sample(pipeline, call_arguments(job, pipeline), [job.seed] * size, f"seed {job.seed}")[index]
+    yield save_picture(image, target, {**asked, **picture_facts(image, job.seed, index, size)})
+    if session is not None and report:
+        yield session.report()
+
+
+def _read_again(request: dict[str, Any], given: dict[str, Any]) -> tuple[Job, list[Control], tuple[int, int]]:
+    """(job, controls, place in its batch) of a request that a picture carries. Raises for one that is not as `Job.request` writes it."""
+    from .batch.requests import Request, check_values
+
+    if request.get("contact_sheet"):
+        raise AttnCtrlError("it is a contact sheet\nHINT: one of its pictures")
+    shared = {
+        name for name in Request.__dataclass_fields__ if name not in ("id", "output_name", "num_images", "regions")
+    }
+    values = {key: value for key, value in request.items() if key in shared and value is not None}
+    row, wrong = check_values({**values, "id": "picture"})
+    texts = ("model", "revision", "variant", "lora", "dtype", "device", "attention_backend")
+    wrong += [f"{key} is no text" for key in texts if not isinstance(request.get(key), (str, type(None)))]
+    place, there = request.get("batch", [0, 1]), request.get("versions")
+    if not (
+        isinstance(place, list) and len(place) == 2 and all(type(n) is int for n in place) and 0 <= place[0] < place[1]
+    ):
+        wrong.append("batch is no [place, size]")
+    if request.get("model") is None or not isinstance(there, dict):
+        wrong.append("it has no model or no versions")
+    if wrong:
+        raise AttnCtrlError("; ".join(wrong))
+    options = {key: request[key] for key in texts if request.get(key) is not None}
+    options = {"batch_size": place[1], **options, **row.job_arguments(), "seed": row.seed, **given}
+    return Job(**options), row.make_controls(), tuple(place)
+
+
+def picture_facts(image: Image.Image, seed: int, index: int, size: int) -> dict[str, Any]:
+    """What a picture's request says beside the job's: its seed, its size, its place in a batch."""
+    return {"seed": seed, "width": image.width, "height": image.height, "batch": [index, size]}
 
 
 def write_sheet(
@@ -236,12 +307,18 @@ def call_arguments(job: Job, pipeline: Any) -> dict[str, Any]:
     return arguments
 
 
-def sample(pipeline: Any, arguments: dict[str, Any], seeds: Sequence[int], bar: str) -> list[Image.Image]:
-    """One batch: a CPU generator of its own per picture, so that neither batch size nor device changes the initial noise."""
+def sample(pipeline: Any, arguments: dict[str, Any], seeds: Sequence[int], bar: str | None) -> list[Image.Image]:
+    """One batch: a CPU generator of its own per picture, so that neither batch size nor device changes the initial noise.
+
+    Args:
+        arguments: those of `call_arguments`; a list of prompts has one for each seed.
+        bar: title of the progress bar; None for no bar.
+    """
     import torch
 
-    pipeline.set_progress_bar_config(desc=bar)
-    texts = {name: [arguments[name]] * len(seeds) for name in ("prompt", "negative_prompt") if name in arguments}
+    pipeline.set_progress_bar_config(**({"disable": True} if bar is None else {"desc": bar}))
+    texts = {name: arguments[name] for name in ("prompt", "negative_prompt") if name in arguments}
+    texts = {name: text if isinstance(text, list) else [text] * len(seeds) for name, text in texts.items()}
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     output = pipeline(**{**arguments, **texts}, generator=generators)
     images = getattr(output, "images", None)
@@ -259,6 +336,37 @@ def describe(control: Control) -> dict[str, Any]:
         value = getattr(control, name)
         facts[name] = [_region(region) for region in value] if name == "regions" else plain_value(value)
     return facts
+
+
+def restore(facts: dict[str, Any]) -> Control:
+    """The control that `describe` described, or one that a request describes like that."""
+    from .._quiet import quiet_imports
+
+    with quiet_imports():
+        from ..controls.spec import control_types, make_control
+
+    arguments = {key: value for key, value in facts.items() if key != "control"}
+    kind = control_types().get(facts["control"])
+    for name, known in kind.__dataclass_fields__.items() if kind else ():
+        if arguments.get(name) in ("inf", "-inf") and "float" in str(known.type):
+            arguments[name] = float(arguments[name])
+    if "regions" in arguments:
+        arguments["regions"] = [
+            item if isinstance(item, str) else _restore_region(item) for item in arguments["regions"]
+        ]
+    return make_control(facts["control"], arguments)
+
+
+def _restore_region(facts: dict[str, Any]) -> Region:
+    from ..regions import Region
+
+    arguments = {key: value for key, value in facts.items() if key != "mask_png"}
+    if facts.get("mask_png") is not None:
+        try:
+            arguments["mask"] = mask_from_text(facts["mask_png"])
+        except (OSError, ValueError, SyntaxError, DecompressionBombError) as error:
+            raise AttnCtrlError(f"region {facts.get('prompt')!r}: mask_png is no picture: {error}") from None
+    return Region(**arguments)
 
 
 def _region(region: Region) -> dict[str, Any]:
@@ -308,7 +416,9 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+@functools.cache
 def versions() -> dict[str, str]:
+    """Of what decides about pixels. Not to be changed by who asks."""
     from .. import __version__
 
     found = {"attnctrl": __version__, "python": platform.python_version()}
