@@ -55,7 +55,8 @@ def test_regions_place_their_colours(pipe):
     """Most of the red lies left and most of the blue right, and the other way round with the boxes exchanged."""
     left, right = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
     for red, blue, sign in ((left, right, -1), (right, left, 1)):
-        control = ac.RegionalPrompts([ac.Region("a red heart", box=red), ac.Region("a blue star", box=blue)])
+        regions = [ac.Region("a red heart", box=red), ac.Region("a blue star", box=blue)]
+        control = ac.RegionalPrompts(regions, stop=0.3)  # as the command line does; isolated to the end, pictures tear
         with ac.attach(pipe, control):
             images = draw(pipe, ["a red heart and a blue star"] * 3)
         pixels = torch.stack(
