@@ -28,6 +28,43 @@ SEARCH = "Search"
 LEFT_OUT = "Of rows that leave it out."
 
 
+# options that several commands share
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A built-in model, a local folder or a hub id.", rich_help_panel=MODEL)
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32, float16 or bfloat16.", show_default="bfloat16 on CUDA, else float32", rich_help_panel=MODEL
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.", show_default="the best", rich_help_panel=MODEL)
+]
+Variant = Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.", rich_help_panel=MODEL)]
+Revision = Annotated[str | None, typer.Option(help="Revision on the hub.", rich_help_panel=MODEL)]
+Lora = Annotated[str | None, typer.Option(help="LoRA weights: a file, folder or hub id.", rich_help_panel=MODEL)]
+Backend = Annotated[
+    str | None,
+    typer.Option(help="diffusers' attention backend where no control acts.", rich_help_panel=MODEL),
+]
+Offload = Annotated[
+    bool, typer.Option("--cpu-offload", help="Keep parts that do not work on the CPU.", rich_help_panel=MODEL)
+]
+Steps = Annotated[int, typer.Option(rich_help_panel=PICTURES)]
+Height = Annotated[int | None, typer.Option(show_default="the model's", rich_help_panel=PICTURES)]
+Width = Annotated[int | None, typer.Option(show_default="the model's", rich_help_panel=PICTURES)]
+BatchSize = Annotated[int, typer.Option(help="Pictures made at a time.", rich_help_panel=PICTURES)]
+TextTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Text tokens of the long encoder; 1 is enough for built-in models.",
+        show_default="the pipeline's",
+        rich_help_panel=PICTURES,
+    ),
+]
+
+
 def _version(value: bool) -> None:
     if value:
         typer.echo(f"attnctrl {__version__}")
@@ -153,32 +190,14 @@ def generate(
             rich_help_panel=CONTROLS,
         ),
     ] = None,
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A built-in model, a local folder or a hub id.", rich_help_panel=MODEL)
-    ] = "builtin:icons-t2i",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, float16 or bfloat16.", show_default="bfloat16 on CUDA, else float32", rich_help_panel=MODEL
-        ),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.", show_default="the best", rich_help_panel=MODEL)
-    ] = None,
-    variant: Annotated[
-        str | None, typer.Option(help="Variant of the weight files, such as fp16.", rich_help_panel=MODEL)
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision on the hub.", rich_help_panel=MODEL)] = None,
-    lora: Annotated[
-        str | None, typer.Option(help="LoRA weights: a file, folder or hub id.", rich_help_panel=MODEL)
-    ] = None,
-    attention_backend: Annotated[
-        str | None,
-        typer.Option(help="diffusers' attention backend where no control acts.", rich_help_panel=MODEL),
-    ] = None,
-    cpu_offload: Annotated[
-        bool, typer.Option("--cpu-offload", help="Keep parts that do not work on the CPU.", rich_help_panel=MODEL)
-    ] = False,
+    model: Model = "builtin:icons-t2i",
+    dtype: Dtype = None,
+    device: Device = None,
+    variant: Variant = None,
+    revision: Revision = None,
+    lora: Lora = None,
+    attention_backend: Backend = None,
+    cpu_offload: Offload = False,
     negative_prompt: Annotated[
         str | None, typer.Option(help="What to keep away from.", rich_help_panel=PICTURES)
     ] = None,
@@ -190,22 +209,15 @@ def generate(
             rich_help_panel=PICTURES,
         ),
     ] = 0,
-    steps: Annotated[int, typer.Option(rich_help_panel=PICTURES)] = 24,
+    steps: Steps = 24,
     guidance_scale: Annotated[
         float, typer.Option(help="Classifier-free guidance; 1 is none.", rich_help_panel=PICTURES)
     ] = 4.0,
-    height: Annotated[int | None, typer.Option(show_default="the model's", rich_help_panel=PICTURES)] = None,
-    width: Annotated[int | None, typer.Option(show_default="the model's", rich_help_panel=PICTURES)] = None,
+    height: Height = None,
+    width: Width = None,
     num_images: Annotated[int, typer.Option(rich_help_panel=PICTURES)] = 1,
-    batch_size: Annotated[int, typer.Option(help="Pictures made at a time.", rich_help_panel=PICTURES)] = 1,
-    max_sequence_length: Annotated[
-        int | None,
-        typer.Option(
-            help="Text tokens of the long encoder; 1 is enough for built-in models.",
-            show_default="the pipeline's",
-            rich_help_panel=PICTURES,
-        ),
-    ] = None,
+    batch_size: BatchSize = 1,
+    max_sequence_length: TextTokens = None,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the pictures.", rich_help_panel=FILES)] = Path(
         "outputs"
     ),
@@ -338,32 +350,14 @@ def batch(
             rich_help_panel=FILES,
         ),
     ] = None,
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A built-in model, a local folder or a hub id.", rich_help_panel=MODEL)
-    ] = "builtin:icons-t2i",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, float16 or bfloat16.", show_default="bfloat16 on CUDA, else float32", rich_help_panel=MODEL
-        ),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.", show_default="the best", rich_help_panel=MODEL)
-    ] = None,
-    variant: Annotated[
-        str | None, typer.Option(help="Variant of the weight files, such as fp16.", rich_help_panel=MODEL)
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision on the hub.", rich_help_panel=MODEL)] = None,
-    lora: Annotated[
-        str | None, typer.Option(help="LoRA weights: a file, folder or hub id.", rich_help_panel=MODEL)
-    ] = None,
-    attention_backend: Annotated[
-        str | None,
-        typer.Option(help="diffusers' attention backend where no control acts.", rich_help_panel=MODEL),
-    ] = None,
-    cpu_offload: Annotated[
-        bool, typer.Option("--cpu-offload", help="Keep parts that do not work on the CPU.", rich_help_panel=MODEL)
-    ] = False,
+    model: Model = "builtin:icons-t2i",
+    dtype: Dtype = None,
+    device: Device = None,
+    variant: Variant = None,
+    revision: Revision = None,
+    lora: Lora = None,
+    attention_backend: Backend = None,
+    cpu_offload: Offload = False,
     batch_size: Annotated[
         int,
         typer.Option(help="Pictures of one shape and one set of controls made at a time.", rich_help_panel=PICTURES),
@@ -487,53 +481,28 @@ def hunt(
         float, typer.Option(help="How far heads are moved to the target, 0-1.", rich_help_panel=HEADS)
     ] = 1.0,
     target: Annotated[str, typer.Option(help="identity, uniform or mean_query.", rich_help_panel=HEADS)] = "identity",
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A built-in model, a local folder or a hub id.", rich_help_panel=MODEL)
-    ] = "builtin:icons-t2i",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, float16 or bfloat16.", show_default="bfloat16 on CUDA, else float32", rich_help_panel=MODEL
-        ),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.", show_default="the best", rich_help_panel=MODEL)
-    ] = None,
-    variant: Annotated[
-        str | None, typer.Option(help="Variant of the weight files, such as fp16.", rich_help_panel=MODEL)
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision on the hub.", rich_help_panel=MODEL)] = None,
-    lora: Annotated[
-        str | None, typer.Option(help="LoRA weights: a file, folder or hub id.", rich_help_panel=MODEL)
-    ] = None,
-    attention_backend: Annotated[
-        str | None,
-        typer.Option(help="diffusers' attention backend where no control acts.", rich_help_panel=MODEL),
-    ] = None,
-    cpu_offload: Annotated[
-        bool, typer.Option("--cpu-offload", help="Keep parts that do not work on the CPU.", rich_help_panel=MODEL)
-    ] = False,
+    model: Model = "builtin:icons-t2i",
+    dtype: Dtype = None,
+    device: Device = None,
+    variant: Variant = None,
+    revision: Revision = None,
+    lora: Lora = None,
+    attention_backend: Backend = None,
+    cpu_offload: Offload = False,
     seed: Annotated[
         int, typer.Option(help="See --seeds; also the order of prompts in halving.", rich_help_panel=PICTURES)
     ] = 0,
-    steps: Annotated[int, typer.Option(rich_help_panel=PICTURES)] = 20,
+    steps: Steps = 20,
     guidance_scale: Annotated[
         float | None,
         typer.Option(
             help="Classifier-free guidance during the search.", show_default="none", rich_help_panel=PICTURES
         ),
     ] = None,
-    height: Annotated[int | None, typer.Option(show_default="the model's", rich_help_panel=PICTURES)] = None,
-    width: Annotated[int | None, typer.Option(show_default="the model's", rich_help_panel=PICTURES)] = None,
-    batch_size: Annotated[int, typer.Option(help="Pictures made at a time.", rich_help_panel=PICTURES)] = 8,
-    max_sequence_length: Annotated[
-        int | None,
-        typer.Option(
-            help="Text tokens of the long encoder; 1 is enough for built-in models.",
-            show_default="the pipeline's",
-            rich_help_panel=PICTURES,
-        ),
-    ] = None,
+    height: Height = None,
+    width: Width = None,
+    batch_size: BatchSize = 8,
+    max_sequence_length: TextTokens = None,
     output: Annotated[
         Path,
         typer.Option(
