@@ -24,8 +24,9 @@ from ..models import TINY
 HEADER = """# Families and controls
 
 Which control works on which model family. Written by `python -m tests.families.matrix`, which runs every control on a tiny random model of
-each real class: the control must change the prediction, detaching must restore it, and only the heads that were named may differ
-(checked against a dense computation of that attention call). A dash refuses with the reason below the table.
+each real class: switched off it must leave the prediction bit for bit, on it must act and change it, and detaching must restore the model.
+That SoftPAG changes the named head alone is tested apart, against a dense computation of the attention call. A dash refuses with the reason
+below the table.
 
 `attnctrl inspect MODEL` says the same for one model, with its layers and heads.
 """
