@@ -9,7 +9,7 @@ from diffusers import StableDiffusion3Pipeline
 from attnctrl.errors import AttnCtrlError
 from attnctrl.icons import train
 from attnctrl.icons.recipes import clip, denoiser, text, vae
-from attnctrl.icons.world import Scene, SceneObject, caption, sample_scene
+from attnctrl.icons.world import NOUNS, Scene, SceneObject, caption, sample_scene
 
 
 @pytest.mark.parametrize("count", [1, 7, 256])
@@ -50,10 +50,16 @@ def test_folded_normalisation_is_exact():
 
 
 def test_token_truth_marks_the_objects():
-    scene = sample_scene(np.random.default_rng(3), 2)
-    truth = denoiser.token_truth(scene).reshape(8, 8, 5)
+    scene = sample_scene(np.random.default_rng(3), 2, distinct=True)
+    truth = denoiser.token_truth(scene).reshape(8, 8, 7)
     cells = sum((item.size // 16) ** 2 for item in scene.objects)
     assert (truth[..., 1] < 6).sum() == cells == (truth[..., 2] < 25).sum()
+    under = truth[..., 0] < len(NOUNS)
+    assert (truth[under][:, 5:] == truth[under][:, :2]).all(), "the nearest object of a token under one is that one"
+    middle = (np.arange(8) + 0.5) * 16
+    away = [np.hypot(middle[None] - x, middle[:, None] - y) for x, y in (item.center for item in scene.objects)]
+    first = truth[..., 5] == list(NOUNS).index(scene.objects[0].noun)
+    assert ((away[0] < away[1]) == first)[away[0] != away[1]].all()
 
 
 def test_schedule_warms_up_holds_and_decays():

@@ -284,7 +284,7 @@ def lessons(scenes: list[Scene], texts: list[str], ids: torch.Tensor, nouns: tor
     said += [Statement.parse(text) for text in texts]
     named = torch.isin(ids, nouns)
     return {
-        "tokens": torch.from_numpy(np.stack([token_truth(scene) for scene in scenes])),
+        "tokens": torch.from_numpy(np.stack([token_truth(scene)[:, :5] for scene in scenes])),
         "beside": torch.from_numpy(beside).flatten(1),
         "order": torch.where(named, named.cumsum(1) - 1, -100),
         "facts": torch.from_numpy(np.stack([item.facts() for item in said])),
@@ -297,7 +297,7 @@ class Readers(nn.Module):
 
     def __init__(self, width: int, text_width: int, embed_dim: int):
         super().__init__()
-        self.tokens = _Reader(width)
+        self.tokens = _Reader(width, nearest=False)
         self.beside = nn.Linear(width, len(RELATIONS))
         self.order = nn.Linear(text_width, 4)
         self.facts = nn.Linear(embed_dim, FACTS)
