@@ -70,7 +70,7 @@ def spans(tokens: Tokens, n: int | None = None) -> Spans:
             if stop is None or start < 0 or stop < 0:
                 raise AttnCtrlError(f"{tokens} is open: its tokens depend on the length\nHINT: pass n=")
         else:
-            start, stop, _ = slice(tokens.start, tokens.stop).indices(n)
+            start, stop = _ends(tokens, n)
             if tokens.stop is not None and tokens.stop > n:
                 stop = tokens.stop  # out of range stays out of range: Plan.check reports it
             if tokens.start is not None and tokens.start > n:
@@ -239,7 +239,7 @@ def _cuts(start: int, stop: int, keys: Spans) -> Iterable[tuple[int, int, int, b
 def take(x: Tensor, tokens: Tokens, dim: int = 2) -> Tensor:
     """The given tokens of x, a view for a slice; by default x is (B, H, N, D)."""
     if isinstance(tokens, slice):
-        start, stop, _ = tokens.indices(x.shape[dim])
+        start, stop = _ends(tokens, x.shape[dim])
         return x if (start, stop) == (0, x.shape[dim]) else x.narrow(dim, start, max(0, stop - start))
     if dim == 2 and _tokens_first(x):  # whole tokens are copied at once: 1.4 times as fast
         return x.transpose(1, 2).index_select(1, tokens.to(x.device)).transpose(1, 2)
@@ -249,13 +249,20 @@ def take(x: Tensor, tokens: Tokens, dim: int = 2) -> Tensor:
 def put(out: Tensor, tokens: Tokens, value: Tensor, dim: int = 2) -> Tensor:
     """Write ``value`` at the given tokens of ``out``, in place."""
     if isinstance(tokens, slice):
-        start, stop, _ = tokens.indices(out.shape[dim])
+        start, stop = _ends(tokens, out.shape[dim])
         out.narrow(dim, start, max(0, stop - start)).copy_(value)
     elif dim == 2 and _tokens_first(out):
         out.transpose(1, 2).index_copy_(1, tokens.to(out.device), value.transpose(1, 2))
     else:
         out.index_copy_(dim, tokens.to(out.device), value)
     return out
+
+
+def _ends(tokens: slice, n: int) -> tuple[int, int]:
+    """`slice.indices` of a step of 1; torch 2.10 cannot trace the builtin."""
+    ends = (tokens.start or 0, n if tokens.stop is None else tokens.stop)
+    start, stop = (max(0, end + n) if end < 0 else min(end, n) for end in ends)
+    return start, stop
 
 
 def _tokens_first(x: Tensor) -> bool:
