@@ -2,9 +2,9 @@
 
 All make the same pictures from the same seeds and write PNG files; the loop runs one request at a time, and again with batches of
 our size. Checking rows, the metadata, hashes, the results file and its synchronisation to disk are on our side alone. Loading the model
-is left out everywhere. All run in every round, the order alternates, and ratios are taken within a round.
+is left out everywhere. All run in every round, the order alternates, and ratios are taken within a round. Under five minutes on one core.
 
-    python -m benchmarks.batch [--requests 32] [--batch-size 4] [--repeats 7] [--output benchmarks/results/batch.md]
+    python -m benchmarks.batch [--requests 16] [--steps 12] [--batch-size 4] [--repeats 7] [--output benchmarks/results/batch.md]
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.batch", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="builtin:icons-t2i")
     parser.add_argument("--device")
-    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/batch.md"))
     asked = parser.parse_args()

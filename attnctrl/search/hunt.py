@@ -10,7 +10,7 @@ import inspect
 import math
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -33,7 +33,22 @@ from .result import Result, Row, Step
 
 Strategy = Literal["full", "halving"]
 Head = tuple[int | str, int, float]
+Scored = tuple[list[float], dict[str, int]]  # one score a picture; how often the denoiser ran
 OWN = ("prompt", "generator", "num_inference_steps", "num_images_per_prompt", "guidance_scale")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures that are made and scored together: one a pair (prompt, noise seed), with its own heads perturbed."""
+
+    pairs: tuple[tuple[str, int], ...]
+    heads: tuple[tuple[Head, ...], ...]
+    softpag: dict[str, Any]
+    arguments: dict[str, Any]
+    prefix_reuse: bool
+
+
+Workers = Callable[[Sequence[Batch]], Iterator[Scored]]
 
 
 def hunt_heads(
@@ -53,10 +68,12 @@ def hunt_heads(
     min_layer: int | None = None,
     batch_size: int = 8,
     strategy: Strategy = "full",
+    prefix_reuse: bool = True,
     output: str | os.PathLike | None = None,
     seed: int = 0,
     call: Mapping[str, Any] | None = None,
     progress: bool = True,
+    workers: Workers | None = None,
 ) -> HeadSet:
     """Finds heads for `SoftPAG`, `per_round` a round: every head of the pool is perturbed on top of those chosen before, and the
     heads whose pictures score best on average join them. Ties go to the lower layer, then the lower head.
@@ -76,11 +93,14 @@ def hunt_heads(
         strategy: "full", or "halving": a round starts with a quarter of the prompt-seed pairs (in an order drawn from `seed`), goes
             on with the better half of the heads to half of them, and with the better half of those to all; never fewer than
             `per_round` heads. That is about half of the pictures. Fewer than two pairs cannot be halved.
+        prefix_reuse: as in `attach`; False runs every block of every perturbed pass.
         output: folder for the scores, as they come, and the results: head_set.json, result.json, result.md, head_map.png. The same
             call goes on where it was stopped, also with more rounds; other settings are refused.
         seed: see `seeds` and `strategy`.
         call: more arguments of the pipeline, such as height, width, max_sequence_length.
         progress: draw a bar.
+        workers: makes and scores batches in place of `pipe`, by `score_batch` in other processes for example, and yields what each gave in
+            their order. None for `pipe`, one batch after another.
 
     Returns:
         The heads in the order in which they were chosen; scores, settings and versions are in its `provenance`.
@@ -99,11 +119,13 @@ def hunt_heads(
         guidance_scale,
         batch_size,
         strategy,
+        prefix_reuse,
         seed,
         dict(call or {}),
+        workers,
     )
     folder = None if output is None else Path(output)
-    with closing(Record(folder, hunt.settings())) as record, _no_bar(pipe):
+    with closing(Record(folder, hunt.settings())) as record:
         result = hunt.run(record, progress)
     if folder is not None:
         result.write(folder)
@@ -128,7 +150,9 @@ class _Hunt:
     arguments: dict[str, Any]
     batch_size: int
     strategy: Strategy
+    prefix_reuse: bool
     seed: int
+    workers: Workers | None
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides a score. Rounds are not in it, because more of them change none of those before."""
@@ -203,47 +227,22 @@ class _Hunt:
     ) -> None:
         """Scores every head on every pair, as far as that is not done yet."""
         todo = [(head, pair) for head in heads for pair in pairs if (number, _key(head), pair) not in record.scores]
-        for first in range(0, len(todo), self.batch_size):
-            batch = todo[first : first + self.batch_size]
-            sets = [[*chosen, head] if head is not None else chosen for head, _ in batch]
-            images, calls = self._pictures([self.pairs[pair] for _, pair in batch], sets)
-            prompts = [self.pairs[pair][0] for _, pair in batch]
-            scores = self._checked(self.objective(images, prompts), prompts)
-            keys: list[Key] = [(number, _key(head), pair) for head, pair in batch]
+        parts = [todo[first : first + self.batch_size] for first in range(0, len(todo), self.batch_size)]
+        batches = [self._batch(chosen, part) for part in parts]
+        made = self.workers(batches) if self.workers else (score_batch(self.pipe, self.objective, b) for b in batches)
+        for part, (scores, calls) in zip(parts, made):
+            keys: list[Key] = [(number, _key(head), pair) for head, pair in part]
             record.add(dict(zip(keys, scores)), calls)
-            bar.update(len(batch))
+            bar.update(len(part))
 
-    def _pictures(self, pairs: list[tuple[str, int]], sets: list[list[Head]]) -> tuple[list, dict[str, int]]:
-        """One picture per pair with its own heads perturbed, and how often the denoiser ran."""
-        control = SoftPAG(
-            heads=HeadBatch(tuple(HeadSet(tuple(heads)) if heads else None for heads in sets)), **self.softpag
+    def _batch(self, chosen: list[Head], part: list[tuple[Head | None, int]]) -> Batch:
+        return Batch(
+            tuple(self.pairs[pair] for _, pair in part),
+            tuple((*chosen, head) if head is not None else tuple(chosen) for head, _ in part),
+            self.softpag,
+            self.arguments,
+            self.prefix_reuse,
         )
-        generators = [torch.Generator("cpu").manual_seed(noise) for _, noise in pairs]
-        with attach(self.pipe, control) as session:
-            made = self.pipe([prompt for prompt, _ in pairs], generator=generators, **self.arguments)
-        images = getattr(made, "images", None)
-        if images is None or len(images) != len(pairs):
-            raise AttnCtrlError(
-                f"{type(self.pipe).__name__} returned {'no' if images is None else len(images)} pictures for {len(pairs)} prompts"
-            )
-        return list(images), {name: int(count) for name, count in session.calls.items()}
-
-    def _checked(self, scores: Any, prompts: list[str]) -> list[float]:
-        """One finite float per picture."""
-        name = name_of(self.objective)
-        try:
-            scores = scores.detach().cpu() if isinstance(scores, torch.Tensor) else scores
-            values = torch.as_tensor(scores, dtype=torch.float64).reshape(-1).tolist()
-        except (TypeError, ValueError, RuntimeError):
-            raise AttnCtrlError(
-                f"objective {name} returned {type(scores).__name__}, not one number per picture"
-            ) from None
-        if len(values) != len(prompts):
-            raise AttnCtrlError(f"objective {name} returned {len(values)} numbers for {len(prompts)} pictures")
-        for value, prompt in zip(values, prompts):
-            if not math.isfinite(value):
-                raise AttnCtrlError(f"objective {name} returned {value} for a picture of {prompt!r}")
-        return values
 
     def _rows(self, record: Record, number: int, before: list[Head], best: list[Head]) -> list[Row]:
         """What every head of a round reached, best first; those that saw fewer pairs come after those that saw more."""
@@ -273,6 +272,40 @@ class _Hunt:
         )
 
 
+def score_batch(pipe: Any, objective: Score, batch: Batch) -> Scored:
+    """Makes the pictures of a batch and scores them."""
+    sets = tuple(HeadSet(heads) if heads else None for heads in batch.heads)
+    generators = [torch.Generator("cpu").manual_seed(noise) for _, noise in batch.pairs]
+    prompts = [prompt for prompt, _ in batch.pairs]
+    control = SoftPAG(heads=HeadBatch(sets), **batch.softpag)
+    with _no_bar(pipe), attach(pipe, control, prefix_reuse=batch.prefix_reuse) as session:
+        made = pipe(prompts, generator=generators, **batch.arguments)
+    images = getattr(made, "images", None)
+    if images is None or len(images) != len(prompts):
+        raise AttnCtrlError(
+            f"{type(pipe).__name__} returned {'no' if images is None else len(images)} pictures for {len(prompts)} prompts"
+        )
+    images = list(images)
+    calls = {name: int(count) for name, count in session.calls.items()}
+    return _checked(objective, objective(images, prompts), prompts), calls
+
+
+def _checked(objective: Score, scores: Any, prompts: list[str]) -> list[float]:
+    """One finite float per picture."""
+    name = name_of(objective)
+    try:
+        scores = scores.detach().cpu() if isinstance(scores, torch.Tensor) else scores
+        values = torch.as_tensor(scores, dtype=torch.float64).reshape(-1).tolist()
+    except (TypeError, ValueError, RuntimeError):
+        raise AttnCtrlError(f"objective {name} returned {type(scores).__name__}, not one number per picture") from None
+    if len(values) != len(prompts):
+        raise AttnCtrlError(f"objective {name} returned {len(values)} numbers for {len(prompts)} pictures")
+    for value, prompt in zip(values, prompts):
+        if not math.isfinite(value):
+            raise AttnCtrlError(f"objective {name} returned {value} for a picture of {prompt!r}")
+    return values
+
+
 def _set_up(
     pipe,
     prompts,
@@ -287,8 +320,10 @@ def _set_up(
     guidance_scale,
     batch_size,
     strategy,
+    prefix_reuse,
     seed,
     call,
+    workers,
 ) -> _Hunt:
     """Checks everything that can be checked before the first picture; tells all that is wrong with the numbers at once."""
     model, pipeline = find_denoiser(pipe)
@@ -354,7 +389,9 @@ def _set_up(
         arguments,
         batch_size,
         strategy,
+        prefix_reuse,
         seed,
+        workers,
     )
 
 

@@ -90,6 +90,20 @@ def test_a_batch_scores_as_single_pictures_do(pipe, tmp_path):
     assert all(scores[0][key] == pytest.approx(scores[1][key], abs=2e-6) for key in scores[0])
 
 
+def test_whole_perturbed_passes_find_the_same_and_run_more_blocks(pipe, tmp_path):
+    objective, tables = Planted(pipe, ["2.0"]), []
+    for reuse in (True, False):
+        hunt(pipe, objective, PROMPTS[:2], prefix_reuse=reuse, batch_size=1, output=tmp_path / str(reuse))
+        tables.append(json.loads((tmp_path / str(reuse) / "result.json").read_text()))
+    short, whole = tables
+    assert short["heads"] == whole["heads"] == [[2, 0, 1.0]] and short["settings"] == whole["settings"]
+    passes = whole["calls"]["perturbed passes"]
+    assert short["calls"]["perturbed passes"] == passes == (12 + 1) * 2 * 2
+    assert whole["calls"]["perturbed blocks"] == 3 * passes
+    # four heads of each layer; the found head's own picture starts at layer 2 as well
+    assert short["calls"]["perturbed blocks"] == (4 * 3 + 4 * 2 + 4 * 1 + 1) * 2 * 2
+
+
 def test_a_killed_search_goes_on_where_it_was(pipe, tmp_path):
     whole, objective = Planted(pipe, PLANTED), Planted(pipe, PLANTED)
     hunt(pipe, Objective("planted", whole), rounds=2, output=tmp_path / "whole")

@@ -10,23 +10,26 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
 from ...errors import AttnCtrlError
 
 
+if TYPE_CHECKING:
+    from .remote import Address
+
 RESULTS = "results.jsonl"
 _HEAD = re.compile(
     rb'\{"id": "([^"\\]*)", "image": (\d+), "images": (\d+), "row": "(\w+)", "group": "(\w+)", "fingerprint": "(\w+)", '
     rb'"file": "([^"\\]*)", '
 )
-_FIELDS = ("id", "image", "images", "row", "group", "fingerprint", "file")
+FIELDS = ("id", "image", "images", "row", "group", "fingerprint", "file")
 
 
 @dataclass(slots=True)
@@ -106,7 +109,7 @@ class Results:
         done, there, clean = Done(), _files_below(self.folder), True
         for path in _parts(self.folder):
             for line in _lines(path):
-                head = _head(line, path)
+                head = read_head(line, path)
                 clean = head[-1] in there and done.add(head) and clean
         return done, clean
 
@@ -123,7 +126,7 @@ class Results:
             with self._temporary.open("wb") as file:
                 for path in _parts(self.folder):
                     for line in _lines(path):
-                        head = _head(line, path)
+                        head = read_head(line, path)
                         if head[-1] in there and kept.add(head):
                             file.write(line)
                 file.flush()
@@ -139,7 +142,7 @@ class Results:
             self._write_picture(facts["file"], data)
         self._append(self.path, (facts for facts, _ in made))
         for facts, _ in made:
-            self.done.add(tuple(facts[name] for name in _FIELDS))
+            self.done.add(tuple(facts[name] for name in FIELDS))
 
     def _write_picture(self, name: str, data: bytes) -> None:
         target = self.folder / name
@@ -160,7 +163,7 @@ class Results:
 
     def reject(self, facts: Iterable[dict[str, Any]]) -> None:
         """Keeps the rows that are left out, in place of those of earlier runs."""
-        data = b"".join(map(_line, facts))
+        data = b"".join(map(as_line, facts))
         if data:
             self._temporary.write_bytes(data)
             os.replace(self._temporary, self.rejected)
@@ -171,8 +174,23 @@ class Results:
         """Failures are those of the last run: the next one tries again."""
         self.failed.unlink(missing_ok=True)
 
+    @property
+    def written(self) -> Path:
+        """The file of all results, or of this process while others write."""
+        return self.folder / (RESULTS if (self.folder / RESULTS).is_file() else self.path.name)
+
+    def open(self, name: str) -> BinaryIO:
+        return (self.folder / name).open("rb")
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A file that gets its name when it is written."""
+        temporary = self.folder / f"{name}.tmp"
+        yield temporary
+        os.replace(temporary, self.folder / name)
+
     def _append(self, path: Path, facts: Iterable[dict[str, Any]]) -> None:
-        data = b"".join(map(_line, facts))
+        data = b"".join(map(as_line, facts))
         try:
             file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
@@ -187,14 +205,15 @@ class Results:
 
 def head(name: str, image: int, images: int, row: str, group: str, fingerprint: str, file: str) -> dict[str, Any]:
     """What a result's line begins with."""
-    return dict(zip(_FIELDS, (name, image, images, row, group, fingerprint, file)))
+    return dict(zip(FIELDS, (name, image, images, row, group, fingerprint, file)))
 
 
-def _line(facts: dict[str, Any]) -> bytes:
+def as_line(facts: dict[str, Any]) -> bytes:
     return json.dumps(facts, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
-def _head(line: bytes, path: Path) -> tuple:
+def read_head(line: bytes, path: Path | Address) -> tuple:
+    """What `head` wrote. `path`: where the line stands, for the error."""
     if match := _HEAD.match(line):
         name, image, images, row, group, fingerprint, file = match.groups()
         return (
@@ -208,7 +227,7 @@ def _head(line: bytes, path: Path) -> tuple:
         )
     try:
         facts = json.loads(line)
-        return tuple(facts[name] for name in _FIELDS)
+        return tuple(facts[name] for name in FIELDS)
     except (ValueError, KeyError, TypeError):
         raise AttnCtrlError(
             f"{str(path)!r} has a line that is no result: {line[:60]!r}\nHINT: remove the line, or another --output"

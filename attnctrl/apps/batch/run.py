@@ -9,11 +9,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 import hashlib
-import io
-import json
 import os
 import sys
-import tarfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,12 +25,15 @@ from PIL import Image
 from ..._quiet import quiet_imports
 from ...errors import AttnCtrlError
 from ..generate import Job, call_arguments, picture_facts, sample
+from .cluster import RayWorkers, engine_problems
 from .pictures import FORMATS, encode
-from .requests import Entry, Problem, Request, read_requests, told
-from .results import RESULTS, Results, head
+from .remote import Address, RemoteResults
+from .requests import Entry, Problem, Request, read_requests
+from .results import Results, head
+from .schema import told
+from .shards import write_shards
 
 
-ENGINES = ("local", "ray")
 Task = tuple[Entry, int]  # a row and the number of one of its pictures
 
 
@@ -47,6 +47,7 @@ class Batch:
 
     Args:
         job: model, device, output folder and batch size; what it draws is not used.
+        address: where the output goes instead of the job's folder.
         defaults: what rows leave out, such as steps.
         shard_size: pictures of a tar shard (WebDataset); None for no shards.
         workers: of the engine "ray"; None for one a GPU.
@@ -55,6 +56,7 @@ class Batch:
     requests: Path
     job: Job
     defaults: dict[str, Any] = field(default_factory=dict)
+    address: Address | None = None
     image_format: str = "png"
     shard_size: int | None = None
     skip_invalid: bool = False
@@ -66,13 +68,9 @@ class Batch:
         wrong = []
         if self.image_format not in FORMATS:
             wrong.append(f"--image-format {self.image_format!r} is not one of {', '.join(FORMATS)}")
-        if self.engine not in ENGINES:
-            wrong.append(f"--engine {self.engine!r} is not one of {', '.join(ENGINES)}")
-        for name in ("shard_size", "workers"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                wrong.append(f"--{name.replace('_', '-')} {getattr(self, name)} is less than 1")
-        if self.workers is not None and self.engine != "ray":
-            wrong.append("--workers needs --engine ray")
+        if self.shard_size is not None and self.shard_size < 1:
+            wrong.append(f"--shard-size {self.shard_size} is less than 1")
+        wrong += engine_problems(self.engine, self.workers)
         if wrong:
             raise AttnCtrlError("; ".join(wrong))
 
@@ -150,7 +148,7 @@ class Local:
         pass
 
 
-def run(batch: Batch) -> Iterator[Path | str]:
+def run(batch: Batch) -> Iterator[Path | Address | str]:
     """Makes what is missing. Yields messages, and at last the written files.
 
     Raises:
@@ -159,7 +157,8 @@ def run(batch: Batch) -> Iterator[Path | str]:
     """
     rank, world = (int(os.environ.get(name, preset)) for name, preset in (("RANK", "0"), ("WORLD_SIZE", "1")))
     batch = dataclasses.replace(batch, job=_own_device(batch.job, world))
-    with Results(batch.job.output, rank, world) as results:
+    at_address = None if batch.address is None else RemoteResults(batch.address, rank, world)
+    with at_address or Results(batch.job.output, rank, world) as results:
         entries, problems = read_requests(
             batch.requests, batch.options, batch.defaults, batch.image_format, results.done
         )
@@ -182,9 +181,9 @@ def run(batch: Batch) -> Iterator[Path | str]:
                 failures = _work(batch, engine, queue, results)
             finally:
                 engine.close()
-    yield batch.job.output / (RESULTS if (batch.job.output / RESULTS).is_file() else results.path.name)
-    if batch.shard_size is not None and world == 1:
-        yield from write_shards(batch.job.output, batch.shard_size)
+    yield results.written
+    if batch.shard_size is not None and world == 1 and results.done.by_id:
+        yield from write_shards(results, batch.shard_size)
     if failures:
         raise BatchFailed(
             f"{failures} pictures could not be made, see {str(results.failed)!r}; the same command tries again"
@@ -218,15 +217,11 @@ def _own_device(job: Job, world: int) -> Job:
 
 
 def _engine(batch: Batch) -> Any:
-    if batch.engine == "ray":
-        from .cluster import RayWorkers
-
-        return RayWorkers(batch)
-    return Local(batch)
+    return RayWorkers(batch) if batch.engine == "ray" else Local(batch)
 
 
 def _judge(
-    batch: Batch, results: Results, new: Sequence[Problem], every: Sequence[Problem], total: int
+    batch: Batch, results: Results | RemoteResults, new: Sequence[Problem], every: Sequence[Problem], total: int
 ) -> Iterator[str]:
     """Tells what is wrong, and ends the run unless wrong rows are to be left out."""
     for problem in new:
@@ -254,7 +249,7 @@ def _ask_model(engine: Any, entries: Sequence[Entry]) -> tuple[list[Entry], list
     return fine, refused
 
 
-def _work(batch: Batch, engine: Any, queue: deque[list[Task]], results: Results) -> int:
+def _work(batch: Batch, engine: Any, queue: deque[list[Task]], results: Results | RemoteResults) -> int:
     """Makes all batches; returns how many pictures failed. Files are written while the next batch is made."""
     from tqdm.auto import tqdm
 
@@ -292,7 +287,12 @@ def _work(batch: Batch, engine: Any, queue: deque[list[Task]], results: Results)
 
 
 def _store(
-    results: Results, ending: str, tasks: Sequence[Task], made: Sequence[tuple], seconds: float, bar: Any
+    results: Results | RemoteResults,
+    ending: str,
+    tasks: Sequence[Task],
+    made: Sequence[tuple],
+    seconds: float,
+    bar: Any,
 ) -> None:
     lines = []
     for (entry, number), (picture, facts) in zip(tasks, made):
@@ -357,33 +357,3 @@ def _halve(queue: deque[list[Task]], tasks: list[Task]) -> None:
     for item in waiting:
         parts = [item[at : at + size] for at in range(0, len(item), size)] if item[0][0].group == group else [item]
         queue.extend(part for part in parts if missing(part))
-
-
-def write_shards(folder: Path, size: int) -> Iterator[Path]:
-    """WebDataset shards of all results in their order: a picture and its line of results, under one running number."""
-    with (folder / RESULTS).open("rb") as file:
-        lines = file.read().splitlines()
-    for first in range(0, len(lines), size):
-        path, part = folder / f"shard-{first // size:06d}.tar", lines[first : first + size]
-        if not (path.is_file() and _members(path) == 2 * len(part)):
-            temporary = path.with_suffix(".tar.tmp")
-            with tarfile.open(temporary, "w") as shard:
-                for number, line in enumerate(part, first):
-                    picture = folder / json.loads(line)["file"]
-                    for name, data in (
-                        (f"{number:08d}{picture.suffix}", picture.read_bytes()),
-                        (f"{number:08d}.json", line),
-                    ):
-                        member = tarfile.TarInfo(name)
-                        member.size = len(data)
-                        shard.addfile(member, io.BytesIO(data))
-            os.replace(temporary, path)
-        yield path
-
-
-def _members(path: Path) -> int:
-    try:
-        with tarfile.open(path) as shard:
-            return len(shard.getnames())
-    except tarfile.TarError:
-        return 0

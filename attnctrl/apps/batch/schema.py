@@ -12,6 +12,8 @@ import math
 import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from ...errors import AttnCtrlError
+
 
 PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 WORDS = {
@@ -224,3 +226,11 @@ def short(value: Any) -> str:
         return f"a list of {len(value)}" if isinstance(value, list) else f"an object of {len(value)}"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:40]}… ({len(text)} characters)"
+
+
+def told(error: Exception) -> str:
+    """An error in one line: what was wrong, and the hint if there is one."""
+    lines = [" ".join(line.split())[:300] for line in str(error).splitlines() if line.strip()] or [""]
+    hint = next((line.removeprefix("HINT: ") for line in lines[1:] if line.startswith("HINT: ")), None)
+    text = lines[0] + (f" ({hint})" if hint else "")
+    return text if isinstance(error, AttnCtrlError) else f"{type(error).__name__}: {text}"
