@@ -22,6 +22,7 @@ from .sites import Site
 
 FORMAT_VERSION = 1
 FILE_NAME = "head_set.json"
+PRESET = "preset:"
 _DOTTED = re.compile(r"[Ll]?(\d+)(?:\.|[Hh])(\d+)(?::([0-9.]+))?")
 _PAIR = re.compile(r"\(?\s*(\d+)\s*,\s*(\d+)\s*\)?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -50,8 +51,8 @@ with ac.attach(pipe, ac.SoftPAG(heads=heads)):
 class HeadSet:
     """Heads as (layer, head, weight). `layer` is a site's running number or its module path; `weight` multiplies the strength.
 
-    `HeadSet.parse` reads ``"3.5"``, ``"L3H5"``, ``"3.5,4.2:0.7"``, pairs ``[(3, 5), (4, 2)]``, a head-set JSON file, or a text
-    file with HeadHunter's ``layer,head`` lines.
+    `HeadSet.parse` reads ``"3.5"``, ``"L3H5"``, ``"3.5,4.2:0.7"``, pairs ``[(3, 5), (4, 2)]``, a head-set JSON file, a text file
+    with HeadHunter's ``layer,head`` lines, or ``"preset:NAME"``, one of `HeadSet.presets`.
     """
 
     heads: tuple[tuple[int | str, int, float], ...]
@@ -63,6 +64,15 @@ class HeadSet:
 
     def __len__(self) -> int:
         return len(self.heads)
+
+    @property
+    def weights(self) -> list[float]:
+        return [weight for *_, weight in self.heads]
+
+    @classmethod
+    def presets(cls) -> dict[str, str]:
+        """The head sets that come with the package: name -> what it is for."""
+        return {name: cls._from_file(path)._description() for name, path in sorted(_preset_files().items())}
 
     @classmethod
     def parse(cls, value: HeadSet | str | os.PathLike | Iterable | dict) -> HeadSet:
@@ -77,6 +87,12 @@ class HeadSet:
 
     @classmethod
     def _from_text(cls, text: str) -> HeadSet:
+        if text.startswith(PRESET):
+            name, files = text.removeprefix(PRESET), _preset_files()
+            if name not in files:
+                known = ", ".join(PRESET + other for other in sorted(files)) or "none in this installation"
+                raise AttnCtrlError(f"there is no head preset {name!r}\nHINT: head presets: {known}")
+            return cls._from_file(files[name])
         looks_like_file = "/" in text or "\\" in text or Path(text).suffix.lower() in (".json", ".txt", ".csv")
         return cls._from_file(Path(text)) if looks_like_file else cls._from_words(text, f"heads {text!r}")
 
@@ -197,6 +213,11 @@ class HeadSet:
                 create_pr=create_pr,
             ).commit_url
 
+    def _description(self) -> str:
+        """`provenance["description"]`, or what the fields tell."""
+        model, goal = self.base_model or self.family or "a model", f" for {self.objective}" if self.objective else ""
+        return self.provenance.get("description") or f"{len(self)} heads of {model}{goal}"
+
     def _card(self, where: str) -> str:
         base = self.base_model if self.base_model and _HUB_ID.fullmatch(self.base_model) else None
         return _CARD.format(
@@ -262,6 +283,11 @@ class HeadBatch:
         return len(self.sets)
 
     @property
+    def weights(self) -> list[float]:
+        """Of every head of every set."""
+        return [weight for item in self.sets if item is not None for weight in item.weights]
+
+    @property
     def family(self) -> str | None:
         return next((item.family for item in self.sets if item is not None and item.family is not None), None)
 
@@ -277,6 +303,17 @@ class HeadBatch:
 
     def __str__(self) -> str:
         return " | ".join("none" if item is None else str(item) for item in self.sets)
+
+
+def _preset_files() -> dict[str, Path]:
+    """The shipped head sets by name: heads/NAME/head_set.json in a folder of assets."""
+    from .icons import models
+
+    found: dict[str, Path] = {}
+    for folder in models.asset_folders():
+        for path in (folder / "heads").glob(f"*/{FILE_NAME}"):
+            found.setdefault(path.parent.name, path)
+    return found
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from .errors import AttnCtrlError
@@ -14,7 +14,8 @@ class Schedule:
     """The window of a control.
 
     Step i of n (counted from 0) has the fraction i/n and is inside when ``start <= i/n < stop``: with ``start=0`` the first
-    step is included, with ``stop=1`` the last. ``sigma=(low, high)`` restricts the window further to noise levels in [low, high].
+    step is included, with ``stop=1`` the last. ``sigma=(low, high)`` restricts the window further to noise levels in [low, high],
+    as the scheduler counts them: 0-1 in flow matching, the noise's standard deviation where the picture's is 1 elsewhere.
     ``weight(fraction, sigma)`` multiplies the control's scale (guidance) or strength per step.
     """
 
@@ -29,11 +30,15 @@ class Schedule:
             wrong.append(f"start={self.start} and stop={self.stop} are fractions of the steps, between 0 and 1")
         elif self.start >= self.stop:
             wrong.append(f"start={self.start} is not before stop={self.stop}: the window holds no step")
-        if self.sigma is not None and not self.sigma[0] <= self.sigma[1]:
-            wrong.append(f"sigma={self.sigma} is (low, high)")
+        if self.sigma is not None:
+            if _is_range(self.sigma):
+                object.__setattr__(self, "sigma", tuple(self.sigma))
+            else:
+                wrong.append(f"sigma={self.sigma!r} is no range of noise levels (low, high) with 0 <= low <= high")
         if wrong:
             raise AttnCtrlError(
-                "; ".join(wrong) + "\nHINT: Schedule(start=0.0, stop=0.5) acts in the first half of the steps"
+                "; ".join(wrong)
+                + "\nHINT: start=0.0, stop=0.5 acts in the first half of the steps, sigma=(0.2, 0.8) at these noise levels"
             )
 
     @property
@@ -41,23 +46,43 @@ class Schedule:
         """True when the window needs no knowledge of the step."""
         return self.start == 0.0 and self.stop == 1.0 and self.sigma is None and self.weight is None
 
+    def __str__(self) -> str:
+        window = f"{self.start:g}-{self.stop:g}"
+        return window if self.sigma is None else f"{window}, sigma {self.sigma[0]:g}-{self.sigma[1]:g}"
+
     def active(self, fraction: float | None, sigma: float | None = None) -> bool:
-        if self.start == 0.0 and self.stop == 1.0 and self.sigma is None:
-            return True
-        if fraction is None:
+        """Whether a step is inside. Raises where that takes a fraction or a noise level that is not known."""
+        if fraction is None and (self.start, self.stop) != (0.0, 1.0):
             raise AttnCtrlError(
-                f"the window {self.start}-{self.stop} needs the number of the step, which a bare denoiser does not tell\n"
+                f"the window {self} needs the number of the step, which a bare denoiser does not tell\n"
                 "HINT: attach to the pipeline, or call session.set_step(i, n) before each step"
             )
         # i/n computed in floating point may fall a hair short of a written fraction such as 0.3
-        inside = self.start - 1e-6 <= fraction < self.stop - 1e-6
-        if inside and self.sigma is not None and sigma is not None:
-            inside = self.sigma[0] <= sigma <= self.sigma[1]
-        return inside
+        if fraction is not None and not self.start - 1e-6 <= fraction < self.stop - 1e-6:
+            return False
+        if self.sigma is None:
+            return True
+        if sigma is None:
+            raise AttnCtrlError(
+                f"the window {self} needs the noise level of the step, which neither a bare denoiser nor every scheduler tells\n"
+                "HINT: attach to a pipeline whose scheduler has sigmas, or call session.set_step(i, n, sigma=…) before each step"
+            )
+        return self.sigma[0] <= sigma <= self.sigma[1]
 
-    def covers(self, steps: int) -> int:
-        """How many of n steps are inside (sigma ignored)."""
-        return sum(self.start - 1e-6 <= i / steps < self.stop - 1e-6 for i in range(steps))
+    def covers(self, steps: int, sigmas: Sequence[float] | None = None) -> int:
+        """How many of n steps are inside, with the noise level of each; without `sigmas` any noise level is."""
+        window = self if sigmas is not None else Schedule(self.start, self.stop)
+        return sum(window.active(i / steps, sigma) for i, sigma in enumerate(sigmas or [None] * steps))
+
+
+def _is_range(value: object) -> bool:
+    """Two numbers, 0 <= low <= high."""
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    return (
+        pair
+        and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
+        and 0 <= value[0] <= value[1]
+    )
 
 
 def parse_layers(layers: str | int | Iterable[int] | None, count: int) -> tuple[int, ...]:

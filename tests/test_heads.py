@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 
+from attnctrl.controls import SoftPAG
 from attnctrl.errors import AttnCtrlError
 from attnctrl.families import SD3
 from attnctrl.heads import HeadBatch, HeadSet
@@ -219,3 +220,34 @@ def test_refused_batches():
         HeadBatch([HeadSet(WANTED, family="sd3"), HeadSet(WANTED, family="flux")])
     with pytest.raises(AttnCtrlError, match="layers 0 to 2 with 4 heads"):
         HeadBatch(["0.1", "7.0"]).resolve(SD3.sites(tiny_sd3()))
+
+
+@pytest.fixture
+def presets(monkeypatch, tmp_path):
+    """Two folders of assets, as in a wheel and in a checkout; "bold" is in both."""
+    folders = tmp_path / "wheel", tmp_path / "checkout"
+    told = {"description": "thicker lines"}
+    HeadSet(WANTED, family="sd3", provenance=told).save_pretrained(folders[0] / "heads" / "bold")
+    HeadSet(((0, 0, 1.0),)).save_pretrained(folders[1] / "heads" / "bold")
+    HeadSet(((1, 2, 0.5),), base_model="owner/base", objective="contrast").save_pretrained(
+        folders[1] / "heads" / "air"
+    )
+    (folders[1] / "heads" / "no set").mkdir()
+    monkeypatch.setattr("attnctrl.icons.models.asset_folders", lambda: (*folders, tmp_path / "nowhere"))
+
+
+def test_presets(presets):
+    assert HeadSet.presets() == {"air": "1 heads of owner/base for contrast", "bold": "thicker lines"}
+    assert list(HeadSet.presets()) == ["air", "bold"]
+    assert HeadSet.parse("preset:bold").heads == WANTED and HeadSet.parse("preset:air").heads == ((1, 2, 0.5),)
+    assert SoftPAG(heads="preset:bold").heads.family == "sd3"
+    for name in ("cold", "no set", "", "../bold"):
+        with pytest.raises(AttnCtrlError, match="no head preset .*\nHINT: head presets: preset:air, preset:bold"):
+            HeadSet.parse(f"preset:{name}")
+
+
+def test_an_installation_without_presets_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr("attnctrl.icons.models.asset_folders", lambda: (tmp_path,))
+    assert HeadSet.presets() == {}
+    with pytest.raises(AttnCtrlError, match="none in this installation"):
+        HeadSet.parse("preset:bold")

@@ -18,8 +18,15 @@ def test_fractions_written_in_decimal_hit_their_step():
 
 
 def test_sigma_and_count():
-    assert Schedule(sigma=(0.2, 0.8)).active(0.5, 0.5) and not Schedule(sigma=(0.2, 0.8)).active(0.5, 0.9)
+    window = Schedule(sigma=(0.2, 0.8))
+    assert [window.active(0.5, sigma) for sigma in (0.1, 0.2, 0.5, 0.8, 0.9)] == [False, True, True, True, False]
+    assert not Schedule(0.5, 1.0, sigma=[0.2, 0.8]).active(0.25, 0.5), "both windows count"
+    assert window.active(None, 0.5), "a range of noise levels alone needs no step"
     assert Schedule(0, 0.3).covers(10) == 3
+    sigmas = (1.0, 0.75, 0.5, 0.25)
+    assert window.covers(4, sigmas) == 3 and Schedule(0.5, 1.0, sigma=(0.5, 0.8)).covers(4, sigmas) == 1
+    assert Schedule(sigma=(2.0, 3.0)).covers(4, sigmas) == 0 and Schedule(sigma=(2.0, 3.0)).covers(4) == 4
+    assert str(Schedule(0, 0.5, sigma=(0.2, float("inf")))) == "0-0.5, sigma 0.2-inf"
 
 
 @pytest.mark.parametrize("bounds", [(0.5, 0.5), (0.6, 0.5), (-0.1, 1), (0, 1.1)])
@@ -28,10 +35,22 @@ def test_refused(bounds):
         Schedule(*bounds)
 
 
+@pytest.mark.parametrize(
+    "sigma", [(0.8, 0.2), (-1, 1), (0.2,), 0.5, "0.2,0.8", (0.2, "0.8"), (float("nan"), 1), (True, 2)]
+)
+def test_refused_noise_levels(sigma):
+    with pytest.raises(AttnCtrlError, match="sigma=.*is no range of noise levels.*\nHINT"):
+        Schedule(sigma=sigma)
+
+
 def test_unknown_step_is_loud():
     with pytest.raises(AttnCtrlError, match="set_step"):
         Schedule(0, 0.5).active(None)
     assert Schedule().active(None)
+    for fraction in (None, 0.5):
+        with pytest.raises(AttnCtrlError, match="window 0-1, sigma 0.2-0.8 needs the noise level.*\nHINT.*sigma="):
+            Schedule(sigma=(0.2, 0.8)).active(fraction)
+    assert not Schedule(0, 0.5, sigma=(0.2, 0.8)).active(0.5), "outside, whatever the noise level"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 Streams = dict[str, torch.Tensor]
+WINDOW = ("start", "stop", "sigma", "weight")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +53,8 @@ class Control:
     branch: Literal["cond", "uncond"] = "cond"
     shapes: bool = False
     """True when the control decides who attends to whom (segments); two of those exclude each other."""
+    skips: bool = False
+    """True when the blocks that the control edits do not run."""
 
     @property
     def name(self) -> str:
@@ -59,7 +62,8 @@ class Control:
 
     @property
     def schedule(self) -> Schedule:
-        return Schedule(getattr(self, "start", 0.0), getattr(self, "stop", 1.0))
+        """When the control acts, from its arguments `start`, `stop`, `sigma` and `weight`, those that it has."""
+        return Schedule(**{name: getattr(self, name) for name in WINDOW if hasattr(self, name)})
 
     @property
     def neutral(self) -> bool:

@@ -13,7 +13,6 @@ import torch
 
 from ..errors import AttnCtrlError
 from ..heads import HeadBatch, HeadSet
-from ..schedule import Schedule
 from ..sites import Site, Tokens
 from .base import Control, Edit
 
@@ -33,6 +32,7 @@ class HeadScale(Control):
         factor: 0 switches heads off, 2 doubles them.
         scale: None, or the w of a perturbed pass.
         start, stop: fractions of the steps, the first step included.
+        sigma: (low, high), the noise levels at which the control acts besides; None for all. See `Schedule`.
         weight: `weight(fraction, sigma) -> float` multiplies `scale` at every step.
     """
 
@@ -42,6 +42,7 @@ class HeadScale(Control):
     scale: float | None = None
     start: float = 0.0
     stop: float = 1.0
+    sigma: tuple[float, float] | None = None
     weight: Callable[[float, float | None], float] | None = None
 
     def __post_init__(self) -> None:
@@ -65,12 +66,8 @@ class HeadScale(Control):
         return self.scale is not None
 
     @property
-    def schedule(self) -> Schedule:
-        return Schedule(self.start, self.stop, weight=self.weight)
-
-    @property
     def neutral(self) -> bool:
-        return self.strength == 0 or self.factor == 1 or self.scale == 0
+        return self.strength == 0 or self.factor == 1 or self.scale == 0 or not any(self.heads.weights)
 
     def touches(self, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
         found = {path: weights * self.strength for path, weights in self.heads.resolve(sites).items()}
@@ -78,7 +75,7 @@ class HeadScale(Control):
             raise AttnCtrlError(
                 "HeadScale: strength times a head's weight leaves 0-1\nHINT: factor multiplies the heads"
             )
-        return found
+        return {path: weights for path, weights in found.items() if weights.any()}
 
     def edit(self, site: Site, tokens: Tokens, heads: torch.Tensor) -> Edit:
         return Edit(head_scale=1 + heads * (self.factor - 1))

@@ -15,7 +15,7 @@ import torch
 from ..attention import KeyGroup, NegativeText, Segment, as_tokens
 from ..errors import AttnCtrlError
 from ..regions import Region
-from ..schedule import Schedule, parse_layers
+from ..schedule import parse_layers
 from ..sites import Site, Tokens
 from .base import Control, Edit
 
@@ -40,6 +40,7 @@ class NormalizedAttention(Control):
         norm: "l2", as the published code computes it, or "l1", as the paper writes it.
         layers: layers that are guided, as `parse_layers` reads them; None for all. The others follow the prompt alone.
         start, stop: fractions of the steps; outside them the model runs without the extra tokens.
+        sigma: (low, high), the noise levels at which the control acts besides; None for all. See `Schedule`.
     """
 
     negative_prompt: str = ""
@@ -50,6 +51,7 @@ class NormalizedAttention(Control):
     layers: str | int | Iterable[int] | None = None
     start: float = 0.0
     stop: float = 1.0
+    sigma: tuple[float, float] | None = None
 
     shapes = True
 
@@ -70,10 +72,6 @@ class NormalizedAttention(Control):
         if not isinstance(self.layers, (str, int, type(None))):
             object.__setattr__(self, "layers", tuple(self.layers))
         self.schedule
-
-    @property
-    def schedule(self) -> Schedule:
-        return Schedule(self.start, self.stop)
 
     @property
     def neutral(self) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 from ..attention import Lerp
 from ..errors import AttnCtrlError
-from ..schedule import Schedule, parse_layers
+from ..schedule import parse_layers
 from ..sites import Block, Site, Tokens
 from .base import Control, Edit, Moment, Streams
 
@@ -37,6 +37,7 @@ class SkipLayers(Control):
         branch: which pass skips. With "uncond" the pipeline's own guidance scale g is the strength, and `scale` is not used.
         scale: w, always +w·(cond − skipped); SD3.5-medium was published with layers 7, 8, 9 at 2.5 and `start=0.01, stop=0.2`.
         start, stop: fractions of the steps, the first step included.
+        sigma: (low, high), the noise levels at which the control acts besides; None for all. See `Schedule`.
         weight: `weight(fraction, sigma) -> float` multiplies the scale at every step.
     """
 
@@ -46,6 +47,7 @@ class SkipLayers(Control):
     scale: float = 2.8
     start: float = 0.0
     stop: float = 1.0
+    sigma: tuple[float, float] | None = None
     weight: Callable[[float, float | None], float] | None = None
 
     def __post_init__(self) -> None:
@@ -69,8 +71,8 @@ class SkipLayers(Control):
         return self.branch == "cond"
 
     @property
-    def schedule(self) -> Schedule:
-        return Schedule(self.start, self.stop, weight=self.weight)
+    def skips(self) -> bool:
+        return self.parts == "block"
 
     @property
     def neutral(self) -> bool:

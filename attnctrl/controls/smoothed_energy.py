@@ -36,6 +36,7 @@ class SmoothedEnergy(Control):
         strength: u, 0 (off) to 1; blends the outputs, times each head's weight.
         scale: w, always +w·(cond − perturbed).
         start, stop: fractions of the steps, the first step included.
+        sigma_range: (low, high), the noise levels at which the control acts besides; None for all. Other controls call it `sigma`.
         weight: `weight(fraction, sigma of the step) -> float` multiplies the scale at every step.
     """
 
@@ -46,13 +47,18 @@ class SmoothedEnergy(Control):
     scale: float = 3.0
     start: float = 0.0
     stop: float = 1.0
+    sigma_range: tuple[float, float] | None = None
     weight: Callable[[float, float | None], float] | None = None
 
     guides = True
 
     def __post_init__(self) -> None:
         wrong = []
-        if not self.sigma > 0:
+        if isinstance(self.sigma, (tuple, list)):
+            wrong.append(
+                f"sigma={self.sigma} is no width of a Gaussian; a range of noise levels goes into sigma_range"
+            )
+        elif not self.sigma > 0:
             wrong.append(f"sigma={self.sigma} is not above 0")
         if not 0 <= self.strength <= 1:
             wrong.append(f"strength={self.strength} is not between 0 (off) and 1 (full)")
@@ -66,11 +72,12 @@ class SmoothedEnergy(Control):
 
     @property
     def schedule(self) -> Schedule:
-        return Schedule(self.start, self.stop, weight=self.weight)
+        return Schedule(self.start, self.stop, self.sigma_range, self.weight)
 
     @property
     def neutral(self) -> bool:
-        return self.strength == 0 or self.scale == 0 or 6 * self.sigma <= 1
+        unused = self.heads is not None and not any(self.heads.weights)
+        return self.strength == 0 or self.scale == 0 or 6 * self.sigma <= 1 or unused
 
     def touches(self, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
         primary = [site for site in sites if site.primary]
@@ -89,7 +96,7 @@ class SmoothedEnergy(Control):
         found = {path: weights * self.strength for path, weights in found.items()}
         if any(((weights < 0) | (weights > 1)).any() for weights in found.values()):
             raise AttnCtrlError("SmoothedEnergy: strength times a head's weight leaves 0-1")
-        return found
+        return {path: weights for path, weights in found.items() if weights.any()}
 
     def edit(self, site: Site, tokens: Tokens, heads: torch.Tensor) -> Edit:
         region = tokens.span("image") if len(tokens.streams) > 1 else None

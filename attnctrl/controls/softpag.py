@@ -15,7 +15,7 @@ import torch
 from ..attention import Lerp
 from ..errors import AttnCtrlError
 from ..heads import HeadBatch, HeadSet
-from ..schedule import Schedule, parse_layers
+from ..schedule import parse_layers
 from ..sites import Site, Tokens
 from .base import Control, Edit
 
@@ -43,6 +43,7 @@ class SoftPAG(Control):
         mode: for target "identity" with region "image". "mask": the token itself against the text keys, as if the other image
             tokens were masked; "mass": the row keeps its share of image and text.
         start, stop: fractions of the steps, the first step included.
+        sigma: (low, high), the noise levels at which the control acts besides; None for all. See `Schedule`.
         weight: `weight(fraction, sigma) -> float` multiplies the scale at every step.
     """
 
@@ -55,6 +56,7 @@ class SoftPAG(Control):
     mode: Literal["mask", "mass"] = "mask"
     start: float = 0.0
     stop: float = 1.0
+    sigma: tuple[float, float] | None = None
     weight: Callable[[float, float | None], float] | None = None
 
     guides = True
@@ -74,27 +76,14 @@ class SoftPAG(Control):
         if self.heads is not None:
             if not isinstance(self.heads, HeadBatch):
                 object.__setattr__(self, "heads", HeadSet.parse(self.heads))
-            if any(not 0 <= self.strength * weight <= 1 for weight in self._weights):
+            if any(not 0 <= self.strength * weight <= 1 for weight in self.heads.weights):
                 raise AttnCtrlError("SoftPAG: strength times a head's weight leaves 0-1")
         self.schedule
 
     @property
-    def schedule(self) -> Schedule:
-        return Schedule(self.start, self.stop, weight=self.weight)
-
-    @property
     def neutral(self) -> bool:
-        return (
-            self.strength == 0
-            or self.scale == 0
-            or (self.heads is not None and all(weight == 0 for weight in self._weights))
-        )
-
-    @property
-    def _weights(self) -> list[float]:
-        """Of every head of every set."""
-        sets = self.heads.sets if isinstance(self.heads, HeadBatch) else (self.heads,)
-        return [weight for item in sets if item is not None for *_, weight in item.heads]
+        unused = self.heads is not None and not any(self.heads.weights)
+        return self.strength == 0 or self.scale == 0 or unused
 
     def touches(self, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
         primary = [site for site in sites if site.primary]

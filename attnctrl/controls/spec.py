@@ -78,6 +78,10 @@ def parse_control(text: str) -> Control:
 def _value(node: ast.expr) -> Any:
     if isinstance(node, ast.Name) and node.id == "inf":
         return math.inf
+    if isinstance(node, ast.Tuple):
+        return tuple(_value(item) for item in node.elts)
+    if isinstance(node, ast.List):
+        return [_value(item) for item in node.elts]
     return ast.literal_eval(node)
 
 

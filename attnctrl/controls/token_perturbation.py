@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from ..errors import AttnCtrlError
-from ..schedule import Schedule, parse_layers
+from ..schedule import parse_layers
 from ..sites import Block, Tokens
 from .base import Control, Moment, Streams
 
@@ -37,6 +37,7 @@ class TokenPerturbation(Control):
         seed: of the permutations. Step and block are mixed in; where the step is not known (a bare denoiser without
             `set_step`) a block has the same permutation in every call.
         start, stop: fractions of the steps, the first step included.
+        sigma: (low, high), the noise levels at which the control acts besides; None for all. See `Schedule`.
         weight: `weight(fraction, sigma) -> float` multiplies the scale at every step.
     """
 
@@ -46,6 +47,7 @@ class TokenPerturbation(Control):
     seed: int = 0
     start: float = 0.0
     stop: float = 1.0
+    sigma: tuple[float, float] | None = None
     weight: Callable[[float, float | None], float] | None = None
 
     guides = True
@@ -61,10 +63,6 @@ class TokenPerturbation(Control):
         if not isinstance(self.layers, (str, int, type(None))):
             object.__setattr__(self, "layers", tuple(self.layers))
         self.schedule
-
-    @property
-    def schedule(self) -> Schedule:
-        return Schedule(self.start, self.stop, weight=self.weight)
 
     @property
     def neutral(self) -> bool:

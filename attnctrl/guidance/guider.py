@@ -26,14 +26,16 @@ class HeadGuidance(BaseGuidance):
         guider: what combines the conditional with the unconditional prediction: any of `diffusers.guiders` whose first
             prediction is the conditional one (CFG, APG, CFG-Zero*, …); None for plain classifier-free guidance at its default
             scale. With ``ClassifierFreeGuidance(guidance_scale=1.0)`` perturbation guides alone.
+        combine: "separate" passes of the guiding controls, or one "joint", as in `attach`.
 
-    The guider's own rescaling sees the plain predictions; the guidance of the controls comes on top.
+    The guider's own rescaling sees the plain predictions; the guidance of the controls comes on top. Guiders are not told the noise
+    level of a step, so controls with a range of `sigma` raise.
     """
 
     config_name = "guider_config.json"
     _input_predictions = ["pred_cond", "pred_uncond"]
 
-    def __init__(self, *controls: Control, guider: BaseGuidance | None = None):
+    def __init__(self, *controls: Control, guider: BaseGuidance | None = None, combine: str = "separate"):
         self.guider = ClassifierFreeGuidance() if guider is None else guider
         predictions = self.guider._input_predictions
         if not predictions or predictions[0] != "pred_cond":
@@ -41,14 +43,15 @@ class HeadGuidance(BaseGuidance):
                 f"{type(self.guider).__name__} predicts {predictions}, and HeadGuidance needs one whose first prediction is 'pred_cond'"
             )
         super().__init__(enabled=self.guider._enabled)
-        self.register_to_config(controls=[control.name for control in controls], guider=type(self.guider).__name__)
-        self.controls = controls
+        names = [control.name for control in controls]
+        self.register_to_config(controls=names, guider=type(self.guider).__name__, combine=combine)
+        self.controls, self.combine = controls, combine
         self._session: Any = None
         self._delta: tuple[torch.Tensor, torch.Tensor] | None = None  # (denoiser's prediction, guidance term)
 
     def new(self, **changes) -> HeadGuidance:
         """The same controls around a copy of the inner guider with some of its settings changed."""
-        return type(self)(*self.controls, guider=self.guider.new(**changes))
+        return type(self)(*self.controls, guider=self.guider.new(**changes), combine=self.combine)
 
     def enable(self) -> None:
         super().enable()
@@ -79,7 +82,7 @@ class HeadGuidance(BaseGuidance):
         if not self._enabled or not self.guider.is_conditional:
             return
         if self._session is None or self._session.model is not getattr(denoiser, "_orig_mod", denoiser):
-            self._session = Session(denoiser, *self.controls, withhold=True)
+            self._session = Session(denoiser, *self.controls, combine=self.combine, withhold=True)
         self._session.set_step(self._step, self._num_inference_steps)
         self._session.attach()
 

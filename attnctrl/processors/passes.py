@@ -65,15 +65,46 @@ class Passes:
     notes: list[str]
 
     def _new_pass(self, bound, active, cond, batch, regions, moment) -> Pass:
+        bound = self.family.trim(bound) if regions else bound
         lengths, grid = self.family.tokens(bound, self.model) if active else ({}, ())
         if lengths.get("reference") and (names := [control.name for control in active if control.regions_in_use()]):
             raise AttnCtrlError(
                 f"{', '.join(names)}: this call carries reference images, whose tokens regions cannot place yet"
             )
+        for control in active:
+            if hasattr(control, "check_grid"):  # coarser levels of a UNet may lose a region, the first may not
+                control.check_grid(grid)
         return Pass(active, cond, batch, lengths, grid, regions, moment)
 
     def _run(self, call: dict, now: Pass):
         """The denoiser, with a pass in force."""
+        with self._refined_apart(now):
+            return self._run_whole(call, now)
+
+    @contextmanager
+    def _refined_apart(self, now: Pass):
+        """Where a model's text tokens attend to each other before the blocks, each appended prompt does so alone."""
+        path = self.family.refiner
+        if path is None or not now.regions:
+            yield
+            return
+
+        def through(gate: Gate, args: tuple, kwargs: dict):
+            values = [*args, *kwargs.values()]
+            whole = values[0].shape[1]
+            sizes = (whole - sum(now.regions), *now.regions)
+            of_text = [isinstance(v, torch.Tensor) and v.ndim > 1 and v.shape[1] == whole for v in values]
+            parts = [v.split(sizes, dim=1) if text else [v] * len(sizes) for v, text in zip(values, of_text)]
+            calls = [(part[: len(args)], dict(zip(kwargs, part[len(args) :]))) for part in zip(*parts)]
+            return torch.cat([gate.inner(*call) for call in calls], dim=1)
+
+        gate = Gate(path, self.model.get_submodule(path), through)
+        try:
+            yield
+        finally:
+            gate.remove()
+
+    def _run_whole(self, call: dict, now: Pass):
         # some models take entries out of the dictionaries they are given, and there may be another pass
         call = {name: dict(value) if isinstance(value, dict) else value for name, value in call.items()}
         if not now.active and not now.keep:
@@ -96,18 +127,21 @@ class Passes:
                 "HINT: disable_cache() before attaching a control that guides"
             )
 
-    def _to_keep(self, guides: tuple[Control, ...]) -> frozenset[str]:
+    def _first_of(self, group: tuple[Control, ...]) -> int:
+        """The first unit that the perturbed pass of some controls has to run."""
+        return min(self._first[control] for control in group)
+
+    def _to_keep(self, groups: list[tuple[Control, ...]]) -> frozenset[str]:
         """Units whose output the perturbed passes will need."""
         if not self.prefix_reuse or self.model.training:
             return frozenset()
-        firsts = [self._first[control] for control in guides]
+        firsts = [self._first_of(group) for group in groups]
         if self._chain:
             return frozenset(self._units[first - 1] for first in firsts if first)
         return frozenset(self._units[: max(firsts)])
 
-    def _resume(self, weak: Pass, plain: Pass, control: Control) -> None:
+    def _resume(self, weak: Pass, plain: Pass, first: int) -> None:
         """Lets a perturbed pass begin at its first perturbed unit, from what the plain pass kept."""
-        first = self._first[control]
         if not plain.keep or first == 0:
             return
         needed = self._units[first - 1 : first] if self._chain else self._units[:first]
@@ -182,9 +216,12 @@ class Passes:
         missing = [stream for stream in streams if lengths.get(stream) is None]
         if missing:
             raise AttnCtrlError(f"the number of {' and '.join(missing)} tokens differs between the rows of this batch")
+        return lay_out(streams, lengths, self._grid(lengths, now), now.regions if "text" in streams else ())
+
+    def _grid(self, lengths: dict[str, int | None], now: Pass) -> tuple[int, ...]:
+        """The grid of a site, coarser than that of the first block on the further levels of a UNet."""
         coarse = now.lengths.get("image") is None and len(now.grid) == 2
-        grid = _coarser(now.grid, lengths["image"]) if coarse else now.grid
-        return lay_out(streams, lengths, grid, now.regions if "text" in streams else ())
+        return _coarser(now.grid, lengths["image"]) if coarse else now.grid
 
     def _check_effect(self, done: Pass) -> None:
         for control in done.active:
@@ -226,7 +263,9 @@ class Passes:
             text = now.lengths.get("text") or n_k - sum(now.regions)
             ends = list(accumulate((text, *now.regions)))
             names = ("text", *(f"region:{i}" for i in range(len(now.regions))))
-            tokens = Tokens(tuple(zip(names, (0, *ends), ends)), now.grid)
+            with self._named(controls, site):
+                grid = self._grid({"image": n_q}, now) if now.regions else now.grid
+            tokens = Tokens(tuple(zip(names, (0, *ends), ends)), grid)
             fits = tokens.length == n_k
         else:
             known = {"image": n_q} if site.streams == ("image",) and now.lengths.get("image") is None else {}

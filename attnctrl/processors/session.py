@@ -6,7 +6,8 @@ import threading
 import weakref
 from collections import Counter
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from .language import LanguageSession
 
 
+Combine = Literal["separate", "joint"]
+
 _ATTACHED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # denoiser -> its sessions, innermost last
 _LOCK = threading.Lock()
 
@@ -39,6 +42,8 @@ class Session(Passes):
     `set_step`.
 
     Args:
+        combine: several guiding controls add up their terms scale·(cond − perturbed), each of a pass of its own ("separate"), or all
+            perturb one pass with the scale that they share ("joint").
         prefix_reuse: a perturbed pass starts from the outputs that the plain pass left before the first perturbed block. Exact; switched
             off by itself, and reported, where the model writes to them.
         pipeline: the pipeline that runs a bare denoiser, for those with two.
@@ -49,10 +54,15 @@ class Session(Passes):
         self,
         target: Any,
         *controls: Control,
+        combine: Combine = "separate",
         prefix_reuse: bool = True,
         withhold: bool = False,
         pipeline: Any = None,
     ):
+        if combine not in get_args(Combine):
+            raise AttnCtrlError(
+                f"combine={combine!r} is neither 'separate' (a perturbed pass per control) nor 'joint' (one for all)"
+            )
         model, found = find_denoiser(target)
         self.family: Family = find_family(model)
         if getattr(found, "transformer_2", None) is not None:
@@ -67,7 +77,7 @@ class Session(Passes):
         self.sites = self.family.sites(model)
         self.blocks = self.family.blocks(model)
         self.controls = tuple(controls)
-        self.prefix_reuse, self.withhold = prefix_reuse, withhold
+        self.combine, self.prefix_reuse, self.withhold = combine, prefix_reuse, withhold
         self.withheld: tuple[torch.Tensor, torch.Tensor] | None = None  # (prediction, guidance term)
         self.records: list = []
         self._strengths: dict[Control, dict[str, torch.Tensor]] = {}
@@ -84,6 +94,8 @@ class Session(Passes):
             raise AttnCtrlError(
                 f"{' and '.join(shapers)} both decide who attends to whom; give all regions to one of them"
             )
+        if combine == "joint":
+            self._check_joint([control for control in controls if control.guides])
         self._units = self.family.run_order(model)
         self._first = {control: self._first_unit(control) for control in self._strengths if control.guides}
         self._by_path = {block.path: block for block in self.blocks}
@@ -97,7 +109,7 @@ class Session(Passes):
         self._plans: dict[tuple, list[Plan]] = {}
         self._masked: dict[tuple, tuple[torch.Tensor, list[Plan]]] = {}
         self._texts: dict[tuple, list[torch.Tensor]] = {}
-        self._step: tuple[int, int] | None = None
+        self._step: tuple[int, int, float | None] | None = None
         self._context: str | None = None
         self._pending: tuple[weakref.ref, weakref.ref, torch.Tensor | None] | None = None
         self._processors: dict[str, tuple[Any, Any, ControlledAttnProcessor]] = {}
@@ -120,6 +132,28 @@ class Session(Passes):
         if self.family.encode is None and control.regions_in_use():
             raise AttnCtrlError(
                 f"{control.name} appends prompts to the text, which the family table of {self.family.name} does not know how to do"
+            )
+
+    def _check_joint(self, guides: list[Control]) -> None:
+        """Raises unless one pass with one scale in one window can hold the edits of all guiding controls."""
+        reasons = []
+        if len({control.scale for control in guides}) > 1:
+            reasons.append("their scales are " + ", ".join(f"{c.name} {c.scale:g}" for c in guides))
+        windows = [control.schedule for control in guides]
+        if any(window != windows[0] for window in windows[1:]):
+            told = [f"{c.name} {w}{', weight' if w.weight is not None else ''}" for c, w in zip(guides, windows)]
+            reasons.append("their windows are " + ", ".join(told))
+        acting = [control for control in guides if not control.neutral]
+        for pair in combinations(acting, 2):
+            for one, other in (pair, pair[::-1]):
+                lost = [p for p in (*self._strengths[other], *self._edited[other]) if inside(p, self._edited[one])]
+                if one.skips and lost:
+                    reasons.append(f"{one.name} leaves out a block that {other.name} edits ({lost[0]})")
+                    break
+        if reasons:
+            raise AttnCtrlError(
+                f"combine='joint' puts {' and '.join(c.name for c in guides)} into one perturbed pass, but {'; '.join(reasons)}\n"
+                "HINT: the same scale, start, stop, sigma and weight, other layers than the skipped ones, or combine='separate'"
             )
 
     def _first_unit(self, control: Control) -> int:
@@ -203,11 +237,11 @@ class Session(Passes):
     def names(self) -> list[str]:
         return [control.name for control in self._strengths]
 
-    def set_step(self, index: int, steps: int) -> None:
-        """For a bare denoiser: the next call is step `index` (from 0) of `steps`."""
+    def set_step(self, index: int, steps: int, sigma: float | None = None) -> None:
+        """For a bare denoiser: the next call is step `index` (from 0) of `steps`, at noise level `sigma`."""
         if not 0 <= index < steps:
             raise AttnCtrlError(f"step {index} of {steps}: steps count from 0")
-        self._step = (index, steps)
+        self._step = (index, steps, sigma)
 
     # -- one call of the denoiser ----------------------------------------------------------------------------------------
 
@@ -243,21 +277,22 @@ class Session(Passes):
         self._check_images((*mains, *guides), len(cond))
         call, regions = self._with_regions(bound, mains)
         now = self._new_pass(bound, mains, cond, batch, regions, moment)
-        if guides:
+        groups = [guides] if guides and self.combine == "joint" else [(control,) for control in guides]
+        if groups:
             self._check_cache()
-            now.keep, now.rows = self._to_keep(guides), rows
+            now.keep, now.rows = self._to_keep(groups), rows
         output = self._run(call, now)
         self.calls["passes"] += 1
         self.calls["blocks"] += len(self.blocks)
-        if not guides:
+        if not groups:
             return output
         few = self.family.select_rows(call, rows, batch)
         prediction, delta = _sample(output), 0
-        for control in guides:
-            weak = self._new_pass(bound, (*mains, control), tuple(range(len(cond))), len(cond), regions, moment)
-            self._resume(weak, now, control)
+        for group in groups:
+            weak = self._new_pass(bound, (*mains, *group), tuple(range(len(cond))), len(cond), regions, moment)
+            self._resume(weak, now, self._first_of(group))
             perturbed = _sample(self._run(few, weak))
-            delta = delta + guidance_delta(prediction[rows], perturbed, weights[control])
+            delta = delta + guidance_delta(prediction[rows], perturbed, weights[group[0]])
             self.calls["perturbed passes"] += 1
             skipped = set(self._units[: weak.reuse])
             self.calls["perturbed blocks"] += sum(not inside(block.path, skipped) for block in self.blocks)
@@ -349,14 +384,17 @@ class Session(Passes):
     def _when(self, bound: dict) -> Moment:
         """The moment of this call, as far as it can be known. Raises for a window that holds none of the steps."""
         if self.pipeline is None:
-            return Moment(*self._step, self._step[0] / self._step[1]) if self._step is not None else Moment()
-        moment = moment_of(self.pipeline, bound)
+            if self._step is None:
+                return Moment()
+            index, steps, sigma = self._step
+            return Moment(index, steps, index / steps, sigma)
+        moment, sigmas = moment_of(self.pipeline, bound)
         for control in self._strengths:
-            if control.schedule.covers(moment.steps) == 0:
-                window = f"{control.schedule.start:g}-{control.schedule.stop:g}"
+            if control.schedule.covers(moment.steps, sigmas) == 0:
+                levels = f", the noise levels are {sigmas[0]:.3g} to {sigmas[-1]:.3g}" if sigmas else ""
                 raise AttnCtrlError(
-                    f"{control.name}: the window {window} holds none of the {moment.steps} steps\n"
-                    f"HINT: step i has the fraction i/{moment.steps}"
+                    f"{control.name}: the window {control.schedule} holds none of the {moment.steps} steps\n"
+                    f"HINT: step i has the fraction i/{moment.steps}{levels}"
                 )
         return moment
 
@@ -402,6 +440,11 @@ class Session(Passes):
             where = ", ".join(f"{count} {name}" for count, name in ((sites, "sites"), (edited, "blocks")) if count)
             acted = f"acted {sum(hits.values())} times" if hits else "has not acted yet"
             lines.append(f"  {control.name}: {where}, {acted}")
+        guides = [control for control in self._strengths if control.guides]
+        if self.combine == "joint" and len(guides) > 1:
+            lines.append(
+                f"  joint: {' and '.join(c.name for c in guides)} in one perturbed pass, scale {guides[0].scale:g}"
+            )
         if self.calls:
             lines.append("  denoiser: " + ", ".join(f"{count} {name}" for name, count in self.calls.items()))
         if passes := self.calls["perturbed passes"]:
@@ -416,7 +459,11 @@ class Session(Passes):
 
 
 def attach(
-    target: Any, *controls: Control, prefix_reuse: bool = True, pipeline: Any = None
+    target: Any,
+    *controls: Control,
+    combine: Combine = "separate",
+    prefix_reuse: bool = True,
+    pipeline: Any = None,
 ) -> Session | LanguageSession:
     """Attaches controls to a pipeline, a denoiser or a language model; detach with the session's `detach`, or use it in a `with`
     statement.
@@ -424,6 +471,8 @@ def attach(
     Args:
         target: a diffusers pipeline, its denoiser alone, or a transformers model that generates text (from images or not).
         controls: any set of controls; neutral ones (strength 0, no regions) are not attached and cost nothing.
+        combine: several guiding controls add up their terms scale·(cond − perturbed), each of a pass of its own ("separate"), or all
+            perturb one pass with the scale and the window that they share ("joint"). Language models have no such passes.
         prefix_reuse: perturbed passes start at their first perturbed block, from what the plain pass computed; exact.
         pipeline: the pipeline that runs `target`, where a pipeline has two denoisers (Wan 2.2) and each gets a session.
 
@@ -435,7 +484,7 @@ def attach(
         from .language import LanguageSession
 
         return LanguageSession(target, *controls).attach()
-    return Session(target, *controls, prefix_reuse=prefix_reuse, pipeline=pipeline).attach()
+    return Session(target, *controls, combine=combine, prefix_reuse=prefix_reuse, pipeline=pipeline).attach()
 
 
 def _sample(output) -> torch.Tensor:

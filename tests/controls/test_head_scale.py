@@ -58,6 +58,7 @@ def test_in_the_pass_itself_or_in_a_perturbed_pass():
 def test_neutral():
     for arguments in ({"strength": 0.0}, {"factor": 1.0}, {"scale": 0.0}):
         assert ac.HeadScale("1.1", **arguments).neutral
+    assert ac.HeadScale("1.1:0").neutral and list(ac.HeadScale("1.1:0,2.0").touches(SITES)) == ["b.2.attn"]
     assert not ac.HeadScale("1.1").neutral
 
 

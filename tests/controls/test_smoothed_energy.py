@@ -83,6 +83,7 @@ def test_touches_self_attention():
     assert len(ac.SmoothedEnergy().touches(SITES)) == 12
     assert list(ac.SmoothedEnergy(heads=[("b.0.attn2", 1)]).touches(SITES)) == ["b.0.attn2"]
     assert list(ac.SmoothedEnergy("1", heads="1.0,2.0").touches(SITES)) == ["b.1.attn"]
+    assert list(ac.SmoothedEnergy(heads="1.0:0,3.1").touches(SITES)) == ["b.3.attn"], "head 1.0 weighs nothing"
     assert torch.equal(ac.SmoothedEnergy("1", strength=0.5).touches(SITES)["b.1.attn"], torch.full((4,), 0.5))
 
 
@@ -103,7 +104,8 @@ def test_what_does_not_exist_is_refused(control, reason):
 
 def test_neutral():
     assert ac.SmoothedEnergy().guides and not ac.SmoothedEnergy().neutral
-    for wrong in ({"strength": 0.0}, {"scale": 0.0}, {"sigma": 0.16}):
+    nothing = ({"heads": "1.0:0,3.1:0"}, {"heads": ac.HeadBatch([None, "1.0:0"])})
+    for wrong in ({"strength": 0.0}, {"scale": 0.0}, {"sigma": 0.16}, *nothing):
         assert ac.SmoothedEnergy(**wrong).neutral
 
 

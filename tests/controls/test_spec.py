@@ -28,6 +28,30 @@ def test_text_becomes_the_control(text, name, expected):
     assert all(getattr(control, key) == value for key, value in expected.items())
 
 
+@pytest.mark.parametrize("name", ["SoftPAG", "SkipLayers", "TokenPerturbation", "NormalizedAttention", "HeadScale"])
+@pytest.mark.parametrize("written", ["(0.2,0.8)", "[0.2, 0.8]", "(0.2, inf)"])
+def test_noise_levels_go_through_text_and_json(name, written):
+    needed = {"SkipLayers": "layers=2, ", "TokenPerturbation": "layers=2, ", "HeadScale": "heads='1.2', "}.get(
+        name, ""
+    )
+    control = parse_control(f"{name}({needed}sigma={written})")
+    high = math.inf if "inf" in written else 0.8
+    assert control.schedule.sigma == (0.2, high)
+    arguments = {"sigma": plain_value(control.sigma)} | {
+        k: getattr(control, k) for k in ("layers", "heads") if k in needed
+    }
+    assert make_control(name, arguments).schedule == control.schedule
+    with pytest.raises(ac.AttnCtrlError, match="sigma=.*no range of noise levels"):
+        parse_control(f"{name}({needed}sigma=0.5)")
+
+
+def test_smoothed_energy_tells_its_width_from_noise_levels():
+    control = parse_control("SmoothedEnergy(layers=2, sigma=2.0, sigma_range=(0.2, 0.8))")
+    assert control.sigma == 2.0 and control.schedule.sigma == (0.2, 0.8)
+    with pytest.raises(ac.AttnCtrlError, match="sigma_range"):
+        parse_control("SmoothedEnergy(layers=2, sigma=(0.2, 0.8))")
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

@@ -34,10 +34,10 @@ def conditions(call):
     return cond, {**cond, "encoder_hidden_states": cond["encoder_hidden_states"].flip(-1)}
 
 
-def delta_of(model, cond, *controls):
+def delta_of(model, cond, *controls, **how):
     with torch.no_grad():
         plain = model(**cond, return_dict=False)[0]
-        with ac.attach(model, *controls):
+        with ac.attach(model, *controls, **how):
             return model(**cond, return_dict=False)[0] - plain
 
 
@@ -140,3 +140,21 @@ def test_modular_pipeline_equals_the_classic_one(tmp_path):
         output="images",
     )
     torch.testing.assert_close(images, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_controls_may_share_a_pass():
+    model, (cond, uncond) = tiny_sd3(), conditions(sd3_call)
+    controls = ac.SoftPAG(heads="1.2", scale=2.5), ac.SmoothedEnergy(layers=0, scale=2.5)
+    with torch.no_grad():
+        plain = denoise(ClassifierFreeGuidance(guidance_scale=3.0), model, cond, uncond).pred
+        guider = HeadGuidance(*controls, combine="joint", guider=ClassifierFreeGuidance()).new(guidance_scale=3.0)
+        guided = denoise(guider, model, cond, uncond).pred
+    torch.testing.assert_close(guided, plain + delta_of(model, cond, *controls, combine="joint"), rtol=1e-4, atol=1e-5)
+    assert "1 perturbed passes" in guider.report()
+    assert not torch.allclose(guided, plain + delta_of(model, cond, *controls), atol=1e-3)
+
+
+def test_noise_levels_are_not_known_to_guiders():
+    model, (cond, uncond) = tiny_sd3(), conditions(sd3_call)
+    with torch.no_grad(), pytest.raises(ac.AttnCtrlError, match="needs the noise level"):
+        denoise(HeadGuidance(ac.SoftPAG(heads="1.2", sigma=(0.2, 0.8))), model, cond, uncond)

@@ -52,12 +52,12 @@ def stacked(output) -> torch.Tensor:
 
 
 @torch.no_grad()
-def by_hand(run: Run, step: Step, *controls) -> tuple[torch.Tensor, torch.Tensor]:
+def by_hand(run: Run, step: Step, *controls, **how) -> tuple[torch.Tensor, torch.Tensor]:
     """(guided, unperturbed) prediction of a step, from the bare denoiser, where every row counts as conditional."""
     parts, terms = [], []
     for args, kwargs in step.calls:
         plain = stacked(run.model(*args, **kwargs)).float()
-        with ac.attach(run.model, *controls):
+        with ac.attach(run.model, *controls, **how):
             term = stacked(run.model(*args, **kwargs)).float() - plain
         if len(plain) == run.images:
             halves = ((plain, term),)
@@ -74,9 +74,9 @@ def by_hand(run: Run, step: Step, *controls) -> tuple[torch.Tensor, torch.Tensor
     return run.last(run.rescale(guided + delta, cond)), run.last(run.rescale(guided, cond))
 
 
-def check(run: Run, steps: list[Step], *controls) -> None:
+def check(run: Run, steps: list[Step], *controls, **how) -> None:
     assert steps
     for step in steps:
-        guided, plain = (part[:, : step.prediction.shape[1]] for part in by_hand(run, step, *controls))
+        guided, plain = (part[:, : step.prediction.shape[1]] for part in by_hand(run, step, *controls, **how))
         torch.testing.assert_close(step.prediction.float(), guided, rtol=1e-3, atol=2e-4)
         assert (guided - plain).abs().max() > 5e-3, "the control is too weak to be seen"
