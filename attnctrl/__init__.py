@@ -16,43 +16,65 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "ACT": "controls",
+    "AdaptVis": "controls",
     "AttnCtrlError": "errors",
     "Control": "controls",
+    "GIFT": "controls",
     "HeadBatch": "heads",
     "HeadScale": "controls",
     "HeadSet": "heads",
+    "Isolation": "controls",
     "LanguageSession": "processors",
     "NormalizedAttention": "controls",
     "PAI": "controls",
+    "PAINT": "controls",
     "PASTA": "controls",
+    "RecordAttention": "controls",
     "Region": "regions",
     "RegionalPrompts": "controls",
+    "SPIN": "controls",
     "Schedule": "schedule",
     "Session": "processors",
+    "SharedAttention": "controls",
     "SkipLayers": "controls",
     "SmoothedEnergy": "controls",
     "SoftPAG": "controls",
+    "SubjectMasks": "controls",
     "TokenPerturbation": "controls",
     "VAF": "controls",
     "VAR": "controls",
+    "VHR": "controls",
     "attach": "processors",
     "find_sink_dims": "processors",
     "hunt_heads": "search",
 }
-__all__ = ["__version__", *_PUBLIC]
+_MODULES = ("pipelines",)
+__all__ = ["__version__", *_PUBLIC, *_MODULES]
 
 if TYPE_CHECKING:
+    from . import pipelines as pipelines
+    from .controls import ACT as ACT
+    from .controls import GIFT as GIFT
     from .controls import PAI as PAI
+    from .controls import PAINT as PAINT
     from .controls import PASTA as PASTA
+    from .controls import SPIN as SPIN
     from .controls import VAF as VAF
     from .controls import VAR as VAR
+    from .controls import VHR as VHR
+    from .controls import AdaptVis as AdaptVis
     from .controls import Control as Control
     from .controls import HeadScale as HeadScale
+    from .controls import Isolation as Isolation
     from .controls import NormalizedAttention as NormalizedAttention
+    from .controls import RecordAttention as RecordAttention
     from .controls import RegionalPrompts as RegionalPrompts
+    from .controls import SharedAttention as SharedAttention
     from .controls import SkipLayers as SkipLayers
     from .controls import SmoothedEnergy as SmoothedEnergy
     from .controls import SoftPAG as SoftPAG
+    from .controls import SubjectMasks as SubjectMasks
     from .controls import TokenPerturbation as TokenPerturbation
     from .errors import AttnCtrlError as AttnCtrlError
     from .heads import HeadBatch as HeadBatch
@@ -67,11 +89,12 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
-    if name in _PUBLIC:
+    if name in __all__:
         from ._quiet import quiet_imports
 
         with quiet_imports():
-            value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+            module = importlib.import_module(f".{_PUBLIC.get(name, name)}", __name__)
+        value = module if name in _MODULES else getattr(module, name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'attnctrl' has no attribute {name!r}; public names: {', '.join(__all__)}")

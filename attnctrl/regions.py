@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from .errors import AttnCtrlError
 
@@ -25,6 +25,8 @@ class Region:
         prompt_embeds: (1, T, D) text states instead of encoding `prompt`, for denoisers without a pipeline.
         strength: multiplies the control's strength for this region, 0-1.
         downsample: how a mask becomes tokens: "area" takes tokens covered to at least one half, "max" every token it touches.
+        feather: width of the soft edge inside the region, 0-0.5 as a fraction of the picture's width and height: over it the
+            region's share rises from 0 to full. Edges on the border of the picture stay hard.
     """
 
     prompt: str = ""
@@ -33,6 +35,7 @@ class Region:
     prompt_embeds: torch.Tensor | None = None
     strength: float = 1.0
     downsample: Literal["area", "max"] = "area"
+    feather: float = 0.0
     _pixels: torch.Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -59,6 +62,10 @@ class Region:
             object.__setattr__(self, "_pixels", _read_mask(self.mask, name))
         if not 0 <= self.strength <= 1:
             raise AttnCtrlError(f"{name}: strength {self.strength} is not between 0 and 1")
+        if not 0 <= self.feather <= 0.5:
+            raise AttnCtrlError(
+                f"{name}: feather {self.feather} is not between 0 and 0.5\nHINT: a fraction of the picture, e.g. 0.05"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Region:
@@ -82,33 +89,70 @@ class Region:
 
     def coverage(self, grid: tuple[int, int]) -> torch.Tensor:
         """How much of every token the region covers, (rows, columns) float32 in 0-1."""
-        rows, columns = grid
+        return self._within(*(_cells(count, 0.0) for count in grid))
+
+    def tokens(self, grid: tuple[int, ...], keep: bool = False) -> torch.Tensor:
+        """The region's tokens, (rows * columns,) bool, or (frames * rows * columns,) on the grid of a video: the same place in every
+        frame. Raises when it covers none; with `keep`, for the coarser levels of a UNet, it warns and takes the token that the
+        region covers most."""
+        *frames, rows, columns = grid
+        covered = self.coverage((rows, columns)).flatten()
+        inside = covered > 1e-6 if self.downsample == "max" else covered >= 0.5 - 1e-5
+        if not inside.any():
+            lost = f"region {self.prompt!r} covers no token of the {rows} x {columns} grid"
+            if not keep:
+                raise AttnCtrlError(
+                    f"{lost}\nHINT: enlarge it, or use Region(…, downsample='max') to take every token that it touches"
+                )
+            warnings.warn(f"{lost} of a coarser level, and keeps one there")
+            inside[covered.argmax()] = True
+        return inside.repeat(*frames or (1,))
+
+    def weights(self, grid: tuple[int, ...], keep: bool = False) -> torch.Tensor:
+        """The region's share of every token, 1 inside and 0 outside, rising over `feather`; (rows * columns,) float32, or as long
+        as `tokens`. Linear across a straight edge: twice the covered share of the window of +-feather around a token, minus 1.
+        """
+        *frames, rows, columns = grid
+        inside = self.tokens(grid, keep).float()
+        if self.feather == 0:
+            return inside
+        near = self._within(_cells(rows, self.feather), _cells(columns, self.feather))
+        soft = inside * (2 * near.flatten() - 1).clamp(min=0).repeat(*frames or (1,))
+        if soft.any() or keep:
+            return soft if soft.any() else inside
+        raise AttnCtrlError(
+            f"region {self.prompt!r}: a feather of {self.feather:g} leaves nothing of it\n"
+            "HINT: at most half of its width and height"
+        )
+
+    def _within(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """How much of every window lies in the region, (R, C) float32; windows are (R, 2) and (C, 2), from and to in 0-1."""
         if self.box is not None:
             x0, y0, x1, y1 = self.box
-            return _overlap(y0, y1, rows)[:, None] * _overlap(x0, x1, columns)[None, :]
-        return F.adaptive_avg_pool2d(self._pixels[None, None], grid)[0, 0]
-
-    def tokens(self, grid: tuple[int, ...]) -> torch.Tensor:
-        """The region's tokens, (rows * columns,) bool, or (frames * rows * columns,) on the grid of a video: the same place in every
-        frame. Raises when it covers none."""
-        *frames, rows, columns = grid
-        covered = self.coverage((rows, columns)).flatten().repeat(*frames or (1,))
-        inside = covered > 1e-6 if self.downsample == "max" else covered >= 0.5 - 1e-6
-        if not inside.any():
-            raise AttnCtrlError(
-                f"region {self.prompt!r} covers no token of the {rows} x {columns} grid\n"
-                "HINT: enlarge it, or use Region(…, downsample='max') to take every token that it touches"
-            )
-        return inside
+            down, across = (torch.tensor([side], dtype=torch.float64) for side in ((y0, y1), (x0, x1)))
+            return (_shares(rows, down) @ _shares(columns, across).T).float()
+        height, width = self._pixels.shape
+        down, across = _shares(rows, _cells(height, 0.0)), _shares(columns, _cells(width, 0.0))
+        return down.float() @ self._pixels @ across.float().T
 
     def describe(self) -> str:
         return f"{self.prompt!r} at {_numbers(self.box) if self.box is not None else 'a mask'}"
 
 
-def _overlap(low: float, high: float, cells: int) -> torch.Tensor:
-    edges = torch.linspace(0, 1, cells + 1, dtype=torch.float64)
-    covered = torch.minimum(edges[1:], torch.tensor(high)) - torch.maximum(edges[:-1], torch.tensor(low))
-    return (covered.clamp(min=0) * cells).float()
+def _cells(count: int, reach: float) -> torch.Tensor:
+    """(count, 2) from and to of equal cells in 0-1; with a reach, of the windows of +-reach around their centres."""
+    edges = torch.linspace(0, 1, count + 1, dtype=torch.float64)
+    if reach == 0:
+        return torch.stack([edges[:-1], edges[1:]], dim=1)
+    centres = (edges[:-1] + edges[1:]) / 2
+    return torch.stack([centres - reach, centres + reach], dim=1).clamp(0, 1)
+
+
+def _shares(windows: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
+    """The share of every window that lies in every part, (W, P) float64."""
+    low = torch.maximum(windows[:, None, 0], parts[None, :, 0])
+    high = torch.minimum(windows[:, None, 1], parts[None, :, 1])
+    return (high - low).clamp(min=0) / (windows[:, 1] - windows[:, 0])[:, None]
 
 
 def _read_mask(mask: Any, name: str) -> torch.Tensor:

@@ -370,7 +370,7 @@ def _restore_region(facts: dict[str, Any]) -> Region:
 
 
 def _region(region: Region) -> dict[str, Any]:
-    facts: dict[str, Any] = {"prompt": region.prompt, "strength": region.strength, "downsample": region.downsample}
+    facts: dict[str, Any] = {name: getattr(region, name) for name in ("prompt", "strength", "downsample", "feather")}
     if region.box is not None:
         return {**facts, "box": list(region.box)}
     from PIL import Image

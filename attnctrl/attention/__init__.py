@@ -5,7 +5,7 @@ from attnctrl.attention.engine import group_attend, group_masses, run, run_rows
 from attnctrl.attention.groups import Tokens, as_tokens, signatures, union
 from attnctrl.attention.kernels import KERNEL_LOG, Call, available_kernels, reasons, record_kernels
 from attnctrl.attention.oracle import dense
-from attnctrl.attention.plan import KeyGroup, Lerp, NegativeText, Plan, Segment, with_mask
+from attnctrl.attention.plan import KeyGroup, Lerp, NegativeText, Peers, Plan, Segment, Watch, with_mask
 
 
 __all__ = [
@@ -14,9 +14,11 @@ __all__ = [
     "KeyGroup",
     "Lerp",
     "NegativeText",
+    "Peers",
     "Plan",
     "Segment",
     "Tokens",
+    "Watch",
     "as_tokens",
     "attend",
     "available_kernels",

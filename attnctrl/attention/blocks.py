@@ -32,6 +32,7 @@ class Inputs:
     picked: tuple[int, ...] | None = None  # q, k, v are these heads only; biases and masks still have all
     mask: Tensor | None = None
     key_bias: Tensor | None = None
+    own: int | None = None  # the first keys that are the rows' own, where keys of other rows follow
 
     def rows(self, tokens: Tokens) -> Inputs:
         """Only these batch rows; a key bias comes after."""

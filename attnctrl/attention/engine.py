@@ -1,6 +1,8 @@
 """Run a plan on q, k, v around fused attention; no path allocates memory that grows with n_q x n_k.
 
-    segments     maskless attention of gathered rows over gathered keys, merged by LSE only where key groups differ by bias
+    watches      look at plain attention (``watch.py``)
+    segments     maskless attention of gathered rows over gathered keys, merged by LSE only where key groups differ by bias; a few alike
+                 batch rows at a time where these differ or borrow keys (``peers.py``)
     negative     image rows pushed away from a negative text (``negative.py``)
     lerps        on the chosen heads only, before the output projection (``lerps.py``)
     head scale   last
@@ -22,8 +24,10 @@ from attnctrl.attention.dispatch import attend
 from attnctrl.attention.groups import Tokens, put, take
 from attnctrl.attention.lerps import apply_lerp
 from attnctrl.attention.negative import attend_negative
+from attnctrl.attention.peers import parts_of
 from attnctrl.attention.plan import KeyGroup, Lerp, Plan, as_mask, with_mask
 from attnctrl.attention.program import Program, resolve
+from attnctrl.attention.watch import look
 from attnctrl.errors import AttnCtrlError
 
 
@@ -187,11 +191,17 @@ def _replacing(inputs: Inputs, plan: Plan) -> Lerp | None:
 
 def _finish(inputs: Inputs, plan: Plan, out: Tensor | None) -> Tensor:
     """The plan's rows; ``out`` is their plain attention where it has been computed, and is written to."""
+    if plan.mask is not None:
+        inputs = replace(inputs, mask=plan.mask, key_bias=plan.key_bias)
+    for watch in plan.watches:
+        look(inputs, watch)
     if _v_only(inputs, plan):
         out = inputs.v_of_heads(range(inputs.q.shape[1]))
         return out if plan.head_scale is None else _scaled(out, plan.head_scale)
-    if plan.mask is not None:
-        inputs = replace(inputs, mask=plan.mask, key_bias=plan.key_bias)
+    if plan.by_row:
+        batch, _, n_q, _ = inputs.q.shape
+        parts = parts_of(plan, batch, n_q, inputs.k.shape[2], inputs.q.device)
+        return torch.cat([_finish(part.of(inputs), part.plan, None) for part in parts])
     program = resolve(plan, inputs.q.shape[2], inputs.k.shape[2], inputs.causal, inputs.q.device)
     if out is None:
         replacing = _replacing(inputs, plan)

@@ -34,7 +34,7 @@ def apply_lerp(inputs: Inputs, program: Program, number: int, lerp: Lerp, out: T
     Heads are read and written run by run, as views: selecting them with an index copies the whole strided tensor
     first.
     """
-    n_q, n_k = inputs.q.shape[2], inputs.k.shape[2]
+    n_q, n_k = inputs.q.shape[2], inputs.k.shape[2] if inputs.own is None else inputs.own
     if n_q != n_k and (lerp.target == "identity" or (lerp.region is not None and not lerp.of_queries)):
         raise AttnCtrlError(f"a lerp to {lerp.target} needs as many queries as keys, got {n_q} and {n_k}")
     rows: Tokens = slice(0, n_q)
@@ -45,7 +45,7 @@ def apply_lerp(inputs: Inputs, program: Program, number: int, lerp: Lerp, out: T
     strength = (strength[None] if strength.ndim == 1 else strength)[..., None, None]
     if lerp.target == "identity" and lerp.region is None:
         for a, b in runs:
-            _blend(out[:, a:b], rows, inputs.v_of_heads(range(a, b)), strength[:, a:b], lerp)
+            _blend(out[:, a:b], rows, take(inputs.v_of_heads(range(a, b)), rows), strength[:, a:b], lerp)
         return out
     some = inputs.heads(lerp.heads)
     if some.mask is not None and some.key_bias is None:

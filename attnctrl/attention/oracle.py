@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctrl.attention.groups import Tokens
-from attnctrl.attention.plan import FORBIDS, KeyGroup, Lerp, NegativeText, Plan, Segment
+from attnctrl.attention.plan import FORBIDS, KeyGroup, Lerp, NegativeText, Plan, Segment, Watch
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = None, causal: bool = False) -> Tensor:
@@ -32,6 +32,11 @@ def dense(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = 
         rows = list(plan.rows)
         out[rows] = dense(q[rows], k[rows], v[rows], replace(plan, rows=None), scale=scale, causal=causal)
         return out
+    if plan.by_row:
+        one = [one_row(plan, row, q.shape[0], k.shape[2]) for row in range(q.shape[0])]
+        order = [[row, *(other for other in range(q.shape[0]) if other != row)] for row in range(q.shape[0])]
+        keys, values = ([x[rows].transpose(0, 1).flatten(1, 2)[None] for rows in order] for x in (k, v))
+        return torch.cat([dense(q[i : i + 1], keys[i], values[i], one[i], scale=scale) for i in range(len(one))])
     s = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if causal:
         offset = s.shape[-1] - s.shape[-2]
@@ -48,6 +53,8 @@ def dense(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = 
     if plan.negative is not None:
         out = dense_negative(plan.negative, s, v, out)
     for lerp in plan.lerps:
+        if isinstance(lerp, Watch):
+            continue
         target = sum(
             w[:, None] * (dense_lerp(lerp, q, k, s + bias, scale, causal) @ v)
             for w, bias in zip(weights, biases, strict=True)
@@ -63,6 +70,44 @@ def dense(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = 
     if plan.head_scale is not None:
         out = out * plan.head_scale.double().to(s.device).reshape(-1, q.shape[1], 1, 1)
     return out
+
+
+def one_row(plan: Plan, row: int, batch: int, n_k: int) -> Plan:
+    """The plan of one batch row over the keys of all rows, its own first, then those of the others in order."""
+    order = [row, *(other for other in range(batch) if other != row)]
+
+    def at(tokens: Tokens, lender: int) -> Tensor:
+        return mask_of(tokens, n_k, "cpu").nonzero().flatten() + order.index(lender) * n_k
+
+    def of_row(x: Tensor | None, lead: int) -> Tensor | None:
+        return x[row : row + 1] if isinstance(x, Tensor) and x.ndim == lead and x.shape[0] > 1 else x
+
+    segments = []
+    for segment in plan.segments:
+        if segment.rows is not None and row not in segment.rows:
+            continue
+        borrowed, peers = [], segment.peers
+        for lender in peers.sources(row, batch) if peers is not None else ():
+            tokens = torch.tensor([i for a, b in peers.lent(lender, n_k) for i in range(a, b)], dtype=torch.int64)
+            borrowed += [KeyGroup(at(tokens, lender), peers.bias)] if len(tokens) else []
+        own = []
+        for group in segment.keys:
+            these, bias = at(group.tokens, row), of_row(group.bias, 3)
+            if borrowed and peers.instead is not None:
+                kept = ~mask_of(peers.instead, n_k, "cpu")[these]
+                per_key = isinstance(bias, Tensor) and bias.ndim > 0 and bias.shape[-1] > 1
+                these, bias = these[kept], bias[..., kept] if per_key else bias
+            own.append(KeyGroup(these, bias))
+        segments.append(Segment(segment.queries, (*own, *borrowed), segment.weight))
+    lerps = [replace(lerp, strength=of_row(lerp.strength, 2)) for lerp in plan.lerps if not isinstance(lerp, Watch)]
+    closed = [
+        lerp if lerp.region is None else replace(lerp, region=mask_of(lerp.region, n_k, "cpu").nonzero().flatten())
+        for lerp in lerps
+    ]
+    bias = plan.key_bias
+    if bias is not None:
+        bias = bias.expand(batch, -1, -1)[order].transpose(0, 1).flatten(1)[None]
+    return Plan(tuple(segments), tuple(closed), of_row(plan.head_scale, 2), key_bias=bias)
 
 
 def materialize(

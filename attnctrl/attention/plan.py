@@ -10,10 +10,10 @@ written to after construction; to change a strength make a new plan, or keep a t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -55,15 +55,83 @@ class KeyGroup:
 
 
 @dataclass(frozen=True, eq=False)
+class Peers:
+    """Keys and values of other batch rows, which a segment's queries see behind their own keys.
+
+    Rows are those that the plan is for, counted from 0; none borrows from itself, and borrowed keys stay as their row made them
+    (with its positions). Attention is not causal then.
+
+    Args:
+        tokens: key tokens that a row lends: one set for all rows, or one per row.
+        reference: "batch", every row borrows from all others; "first", the others borrow from the first row.
+        bias: added to the logits of borrowed keys.
+        instead: own key tokens that a row with borrowed keys does not see.
+        dropout: probability with which a token is not lent, drawn once per row from ``seed``.
+    """
+
+    tokens: Tokens | tuple[Tokens, ...]
+    reference: Literal["batch", "first"] = "batch"
+    bias: float = 0.0
+    instead: Tokens | None = None
+    dropout: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        wrong = []
+        if self.reference not in ("batch", "first"):
+            wrong.append(f"reference {self.reference!r} is neither 'batch' nor 'first'")
+        if not self.bias < math.inf:
+            wrong.append(f"bias {self.bias} is not a number below infinity")
+        if not 0 <= self.dropout <= 1:
+            wrong.append(f"dropout {self.dropout} is not between 0 and 1")
+        if wrong:
+            raise AttnCtrlError("; ".join(wrong))
+        tokens = self.tokens
+        several = isinstance(tokens, (tuple, list))
+        sets = tuple(map(_sorted_tokens, tokens)) if several else _sorted_tokens(tokens)
+        object.__setattr__(self, "tokens", sets)
+
+    def sources(self, row: int, batch: int) -> tuple[int, ...]:
+        """Rows that lend to ``row``."""
+        if self.reference == "first":
+            return (0,) if row else ()
+        return tuple(other for other in range(batch) if other != row)
+
+    def lent(self, row: int, n_k: int) -> Spans:
+        """Key tokens that ``row`` lends."""
+        these = spans(self.tokens[row] if isinstance(self.tokens, tuple) else self.tokens, n_k)
+        if self.dropout == 0:
+            return these
+        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + row) % 2**63)
+        kept = torch.rand(n_k, generator=generator) >= self.dropout
+        return overlap(these, spans(as_tokens(kept)))
+
+    def why_not(self, n_k: int, batch: int | None) -> Iterable[str]:
+        """Why it does not fit a call of this size."""
+        if batch == 1:
+            yield "a batch of one row has no other rows to borrow keys from"
+        sets = self.tokens if isinstance(self.tokens, tuple) else (self.tokens,)
+        if isinstance(self.tokens, tuple) and batch not in (None, len(sets)):
+            yield f"lent tokens of {len(sets)} rows for a batch of {batch}"
+        for tokens in sets:
+            yield from _wrong_range("lent keys", spans(tokens, n_k), n_k)
+        if self.instead is not None:
+            yield from _wrong_range("keys to do without", spans(self.instead, n_k), n_k)
+
+
+@dataclass(frozen=True, eq=False)
 class Segment:
     """Query tokens that share their key groups. A query token may be in several: out[q] = sum_s weight_s(q) * attention_s(q).
 
-    ``weight`` is a number or one per query token, (n_q,) in the order of the tokens; the weights of a token sum to 1.
+    ``weight`` is a number or one per query token, (n_q,) in the order of the tokens; the weights of a token sum to 1. ``peers``
+    adds keys of other batch rows. ``rows`` are the batch rows it is for, counted among those of the plan; None = all.
     """
 
     queries: Tokens
     keys: tuple[KeyGroup, ...]
     weight: float | Tensor = 1.0
+    peers: Peers | None = None
+    rows: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "queries", _sorted_tokens(self.queries))
@@ -157,6 +225,21 @@ class Lerp:
 
 
 @dataclass(frozen=True, eq=False)
+class Watch:
+    """Stands among the lerps of a plan and edits nothing: ``see`` gets the probability that ``queries`` give to sets of keys.
+
+    ``see((B, n, sets))`` is called once per run, with the mean over heads in float32 (float64), for the rows that the plan is for.
+    It is plain attention under the model's mask, whatever the plan makes of it.
+    """
+
+    queries: Tokens
+    keys: tuple[Tokens, ...]
+    see: Callable[[Tensor], None]
+    heads: ClassVar[tuple[int, ...]] = ()  # that it touches
+    region: ClassVar[None] = None
+
+
+@dataclass(frozen=True, eq=False)
 class NegativeText:
     """Attention pushed away from a negative text: NAG, normalized attention guidance, arXiv 2505.21179, eqs. 7-10.
 
@@ -225,7 +308,7 @@ class Plan:
     """
 
     segments: tuple[Segment, ...] = ()
-    lerps: tuple[Lerp, ...] = ()
+    lerps: tuple[Lerp | Watch, ...] = ()
     head_scale: Tensor | None = None
     rows: tuple[int, ...] | None = None  # batch rows the plan is for; None = all
     negative: NegativeText | None = None
@@ -242,8 +325,17 @@ class Plan:
     @property
     def is_plain(self) -> bool:
         """Nothing is edited: the model's own attention call."""
-        whole = len(self.segments) == 0 and self.negative is None and self.mask is None
+        whole = len(self.segments) == 0 and self.negative is None and self.mask is None and not self.watches
         return whole and self.head_scale is None and all(len(lerp.heads) == 0 for lerp in self.lerps)
+
+    @property
+    def watches(self) -> tuple[Watch, ...]:
+        return tuple(lerp for lerp in self.lerps if isinstance(lerp, Watch))
+
+    @property
+    def by_row(self) -> bool:
+        """Rows have keys of other rows, or segments of their own."""
+        return any(segment.peers is not None or segment.rows is not None for segment in self.segments)
 
     def on(self, *rows: int) -> Plan:
         """The same plan for these batch rows."""
@@ -259,7 +351,7 @@ class Plan:
         """
         wrong = [
             *self._wrong_rows(batch),
-            *self._wrong_segments(n_q, n_k, heads),
+            *dict.fromkeys(self._wrong_segments(n_q, n_k, heads, self._batch(batch))),
             *self._wrong_lerps(n_q, n_k, heads, batch),
         ]
         if self.negative is not None:
@@ -279,7 +371,8 @@ class Plan:
         if self.segments:
             sizes = [_size(segment.queries) for segment in self.segments]
             shown = " + ".join(sizes[:6]) + (" + ..." if len(sizes) > 6 else "")
-            parts.append(f"{len(sizes)} segment{'s' if len(sizes) > 1 else ''} ({shown} query tokens)")
+            peers = ", some with keys of other rows" if any(segment.peers for segment in self.segments) else ""
+            parts.append(f"{len(sizes)} segment{'s' if len(sizes) > 1 else ''} ({shown} query tokens){peers}")
         if self.negative is not None:
             n = self.negative
             parts.append(f"negative text, scale {n.scale:g}, tau {n.tau:g}, alpha {n.alpha:g}, {n.norm}")
@@ -309,11 +402,23 @@ class Plan:
         if any(row < 0 or (batch is not None and row >= batch) for row in self.rows):
             yield f"rows {self.rows} are not all in a batch of {batch if batch is not None else 'any size'}"
 
-    def _wrong_segments(self, n_q: int, n_k: int, heads: int | None) -> Iterable[str]:
+    def _wrong_segments(self, n_q: int, n_k: int, heads: int | None, batch: int | None) -> Iterable[str]:
+        numbered = list(enumerate(self.segments))
+        named = [row for segment in self.segments for row in segment.rows or ()]
+        if named and (min(named) < 0 or max(named) >= (batch or math.inf)):
+            yield f"segments for rows {min(named)}..{max(named)} of a batch of {batch}"
+        for _, segment in numbered:
+            if segment.peers is not None:
+                yield from segment.peers.why_not(n_k, batch)
+        for row in range(batch or max(named) + 1) if named else (None,):
+            here = [(i, segment) for i, segment in numbered if segment.rows is None or row in segment.rows]
+            yield from self._wrong_row(here, n_q, n_k, heads)
+
+    def _wrong_row(self, numbered: list[tuple[int, Segment]], n_q: int, n_k: int, heads: int | None) -> Iterable[str]:
         if not self.segments:
             return
         total = torch.zeros(n_q, dtype=torch.float64)
-        for number, segment in enumerate(self.segments):
+        for number, segment in numbered:
             name = f"segment {number}"
             rows = spans(segment.queries, n_q)
             yield from _wrong_range(f"{name}: queries", rows, n_q)
@@ -368,7 +473,13 @@ class Plan:
                 yield f"{name} leaves its rows without a key"
 
     def _wrong_lerps(self, n_q: int, n_k: int, heads: int | None, batch: int | None) -> Iterable[str]:
+        for watch in self.watches:
+            yield from _wrong_range("watch: queries", spans(watch.queries, n_q), n_q)
+            for tokens in watch.keys:
+                yield from _wrong_range("watch: keys", spans(tokens, n_k), n_k)
         for number, lerp in enumerate(self.lerps):
+            if isinstance(lerp, Watch):
+                continue
             name = f"lerp {number} ({lerp.target})"
             yield from _wrong_heads(f"{name}: strength", lerp.strength, heads, self._batch(batch))
             if not bool(lerp.strength.isfinite().all()):

@@ -8,9 +8,11 @@ exact. A tile holds at most ``tiled.TILE`` scores; nothing grows with n_q x n_k.
     Bias       s_j <- s_j + b_j                                     p_j grows by the factor exp(b_j) and p is normalised again
     Recycle    p of sink keys goes to the other keys of the image   after the softmax; the sum of p stays
     Columns    how much probability each key receives               only looks
+    Pattern    the probabilities of a few rows                      only looks
 
-Gains act first, then biases, then what acts on p, each kind in the order given. Rows whose only edit is a bias for all rows stay
-on the fused kernel, with a bias per key.
+Gains act first, then biases, then what acts on p, each kind in the order given, then what looks at p, last what acts on the output of
+a head. A control may bring a kind of its own: an `Edits` with a stage. Rows whose only edit is a bias for all rows stay on the fused
+kernel, with a bias per key; rows that are only looked at stay the model's own.
 """
 
 from __future__ import annotations
@@ -33,24 +35,40 @@ from attnctrl.attention.plan import additive
 from attnctrl.errors import AttnCtrlError
 
 
+SCORES, BIAS, PATTERN, LOOK, OUTPUT = range(5)  # stages, in the order in which they act
+
+
+class Edits:
+    """What an edit of rows does at its stage.
+
+    SCORES and BIAS: called with s (B, H, r, n_k) before the mask, returns it edited. PATTERN: with p = softmax(s), likewise; with
+    `surveys`, `survey(p, seen, rows)` is given every tile of p, and which keys each row may see, before the first one is edited. LOOK:
+    `see(p, rows)`, p as it is used. OUTPUT: called with q of the edited rows, k, and which keys they see, (B|1, 1, r, n_k) bool; returns factors
+    (B, H, r) of their output.
+    """
+
+    stage: ClassVar[int]
+    surveys: bool = False
+
+
 @dataclass(frozen=True, eq=False)
-class Gain:
+class Gain(Edits):
     """s + factor * s, or s + factor * abs(s) with ``absolute``; ``factor`` is (B|1, H|1, n_k)."""
 
     factor: Tensor
     absolute: bool = False
-    stage: ClassVar[int] = 0
+    stage: ClassVar[int] = SCORES
 
     def __call__(self, s: Tensor) -> Tensor:
         return s + self.factor.to(s)[:, :, None] * (s.abs() if self.absolute else s)
 
 
 @dataclass(frozen=True, eq=False)
-class Bias:
+class Bias(Edits):
     """s + bias; ``bias`` is (B|1, H|1, n_k)."""
 
     bias: Tensor
-    stage: ClassVar[int] = 1
+    stage: ClassVar[int] = BIAS
 
     def __call__(self, s: Tensor) -> Tensor:
         return s + self.bias.to(s)[:, :, None]
@@ -71,7 +89,7 @@ class Tally:
 
 
 @dataclass(frozen=True, eq=False)
-class Recycle:
+class Recycle(Edits):
     """Moves a share of the probability of sink keys to the keys of the image that are no sinks, in proportion to what these have.
 
     With m_V the mass of the image, m_F that of its non-sinks, m_S that of all sinks (text included), a row of a head is edited
@@ -91,7 +109,7 @@ class Recycle:
     min_non_sink: float
     min_image_mass: float
     tally: Tally | None = None
-    stage: ClassVar[int] = 2
+    stage: ClassVar[int] = PATTERN
 
     @cached_property
     def sets(self) -> Tensor:
@@ -121,34 +139,69 @@ class Recycle:
 
 
 @dataclass(eq=False)
-class Columns:
+class Columns(Edits):
     """Sums the probability that keys receive over rows and heads into ``total`` (B, n_k), and changes nothing."""
 
     total: Tensor | None = None
-    stage: ClassVar[int] = 2
+    stage: ClassVar[int] = LOOK
 
-    def __call__(self, p: Tensor) -> Tensor:
+    def see(self, p: Tensor, rows: range) -> None:
         mass = p.sum((1, 2))
         self.total = mass if self.total is None else self.total + mass
-        return p
+
+
+@dataclass(eq=False)
+class Pattern(Edits):
+    """Keeps the probabilities of chosen rows at chosen keys.
+
+    Args:
+        rows: per batch row the queries that are kept, in rising order. keys: per batch row (n,) int64.
+        heads: which heads are kept; None all.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    keys: tuple[Tensor, ...]
+    heads: tuple[int, ...] | None = None
+    parts: list[list[Tensor]] = field(default_factory=list)
+    stage: ClassVar[int] = LOOK
+
+    def see(self, p: Tensor, rows: range) -> None:
+        self.parts = self.parts or [[] for _ in self.rows]
+        for row, (wanted, keys) in enumerate(zip(self.rows, self.keys, strict=True)):
+            inside = [i - rows.start for i in wanted if i in rows]
+            if inside:
+                part = p[row] if self.heads is None else p[row, list(self.heads)]
+                self.parts[row].append(part[:, inside][:, :, keys.to(p.device)])
+
+    def of(self, row: int) -> Tensor:
+        """(H, rows, keys) of a batch row."""
+        return torch.cat(self.parts[row], 1)
+
+    def edit(self) -> RowEdit:
+        """The edit that looks: at all rows from the first one that is kept."""
+        return RowEdit(self, tuple(rows[0] if rows else FAR for rows in self.rows))
+
+
+FAR = 1 << 60  # a row behind every row
 
 
 @dataclass(frozen=True, eq=False)
 class RowEdit:
     """One edit of some rows and heads.
 
-    ``start`` has one entry per batch row, the first query row that is edited (n_q for none); None edits every row. ``heads`` are
-    the heads that are edited; None all.
+    ``start`` has one entry per batch row, the first query row that is edited (n_q or more for none); None edits every row. ``heads``
+    are the heads that are edited; None all. ``stop`` likewise the row behind the last one that is edited; None for no end.
     """
 
-    what: Gain | Bias | Recycle | Columns
+    what: Edits
     start: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
+    stop: tuple[int, ...] | None = None
 
     @property
     def fuses(self) -> bool:
         """A fused kernel can do it."""
-        return isinstance(self.what, Bias) and self.start is None
+        return isinstance(self.what, Bias) and self.start is None and self.stop is None
 
     def chosen(self, rows: range, batch: int, heads: int, device: torch.device) -> Tensor | None:
         """Which rows and heads of a tile are edited, broadcastable to (B, H, r, 1); None for all."""
@@ -156,6 +209,10 @@ class RowEdit:
         if self.start is not None and max(self.start) > rows.start:
             first = torch.tensor(self.start, device=device)[:, None, None, None]
             found = torch.arange(rows.start, rows.stop, device=device)[:, None] >= first
+        if self.stop is not None:
+            end = torch.tensor(self.stop, device=device)[:, None, None, None]
+            before = torch.arange(rows.start, rows.stop, device=device)[:, None] < end
+            found = before if found is None else found & before
         if self.heads is not None and len(self.heads) < heads:
             here = torch.zeros(heads, dtype=torch.bool, device=device)
             here[list(self.heads)] = True
@@ -231,19 +288,27 @@ def edit_rows(
     if not edits:
         return plain()
     batch, heads, n_q, _ = q.shape
+    gates = [edit for edit in edits if edit.what.stage == OUTPUT]
+    if gates:
+        rest = [edit for edit in edits if edit not in gates]
+        out = edit_rows(q, k, v, rest, plain, mask=mask, scale=scale, softcap=softcap)
+        return _gated(q, k, out, gates, mask)
     fused = [edit for edit in edits if edit.fuses] if softcap is None else []
     explicit = [edit for edit in edits if edit not in fused]
     first = min((min(edit.start) if edit.start is not None else 0 for edit in explicit), default=n_q)
-    whole = [edit for edit in explicit if edit.start is None or max(edit.start) <= 0]
+    acting = [edit for edit in explicit if edit.what.stage < LOOK]
+    whole = [edit for edit in acting if (edit.start is None or max(edit.start) <= 0) and edit.stop is None]
     if any(edit.heads is None or len(edit.heads) == heads for edit in whole):
         return _explicit(q, k, v, edits, 0, mask, scale, softcap)
     out = _fused(q, k, v, fused, plain, mask, scale) if fused else plain()
     if first >= n_q:
         return out
     new = _explicit(q, k, v, edits, first, mask, scale, softcap)
+    if not acting:
+        return out
     rows = range(first, n_q)
     chosen: Tensor | None = None
-    for edit in explicit:
+    for edit in acting:
         one = edit.chosen(rows, batch, heads, q.device)
         if one is None:
             chosen = None
@@ -263,25 +328,54 @@ def _explicit(q, k, v, edits: Sequence[RowEdit], first: int, mask: Mask, scale, 
     keys, values = k.to(wide).transpose(-1, -2), v.to(wide)
     scale = dim**-0.5 if scale is None else scale
     step = max(1, tiled.TILE // max(1, batch * heads * n_k))
-    outs = []
-    for start in range(first, n_q, step):
-        rows = range(start, min(start + step, n_q))
+    tiles = [range(start, min(start + step, n_q)) for start in range(first, n_q, step)]
+
+    def pattern(rows: range) -> tuple[Tensor, Tensor]:
         part = q[:, :, rows.start : rows.stop].to(wide) * scale
         s = (part.reshape(batch, kv, -1, dim) @ keys).reshape(batch, heads, len(rows), n_k)
         if softcap is not None:
             s = softcap * torch.tanh(s / softcap)
         for edit in edits:
-            if edit.what.stage < 2:
+            if edit.what.stage < PATTERN:
                 s = _where(edit.chosen(rows, batch, heads, q.device), edit.what(s), s)
-        p = torch.softmax(mask.rows(s, rows, n_q), -1)
+        s = mask.rows(s, rows, n_q)
+        p = torch.softmax(s, -1)
         if mask.keys is not None or mask.pairs is not None:
             p = torch.where(p.isnan(), torch.zeros_like(p), p)  # a row that sees nothing
+        return p, s
+
+    surveys = [edit.what for edit in edits if edit.what.surveys]
+    for rows in tiles if surveys else ():
+        p, s = pattern(rows)
+        for what in surveys:
+            what.survey(p, s != -math.inf, rows)
+    outs = []
+    for rows in tiles:
+        p, _ = pattern(rows)
         for edit in edits:
-            if edit.what.stage == 2:
+            if edit.what.stage == PATTERN:
                 p = _where(edit.chosen(rows, batch, heads, q.device), edit.what(p), p)
+        for edit in edits:
+            if edit.what.stage == LOOK:
+                edit.what.see(p, rows)
         out = p.reshape(batch, kv, -1, n_k) @ values
         outs.append(out.reshape(batch, heads, len(rows), -1).to(q.dtype))
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+
+def _gated(q: Tensor, k: Tensor, out: Tensor, gates: list[RowEdit], mask: Mask) -> Tensor:
+    """The output (B, H, n_q, D_v) with the rows of each gate multiplied by its factors."""
+    batch, heads, n_q = out.shape[:3]
+    for gate in gates:
+        rows = range(min(0 if gate.start is None else min(gate.start), n_q), n_q)
+        if not rows:
+            continue
+        tail = out[:, :, rows.start :]
+        seen = mask.rows(q.new_zeros(1, 1, len(rows), k.shape[2]), rows, n_q)[:, :1] != -math.inf
+        factor = gate.what(q[:, :, rows.start :], k, seen)[..., None]
+        new = _where(gate.chosen(rows, batch, heads, q.device), tail * factor.to(tail.dtype), tail)
+        out = torch.cat([out[:, :, : rows.start], new], 2) if rows.start else new
+    return out
 
 
 def _where(chosen: Tensor | None, new: Tensor, old: Tensor) -> Tensor:

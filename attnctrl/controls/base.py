@@ -83,6 +83,9 @@ class Control:
         """Regions whose prompts are encoded and appended to the text."""
         return ()
 
+    def check_grid(self, grid: tuple[int, ...]) -> None:
+        """Raises if the control cannot work on the image tokens of the model's first block; coarser blocks may lose a region."""
+
     def edit(self, site: Site, tokens: Tokens, heads: torch.Tensor) -> Edit:
         """The edit at a site for rows that the control is for."""
         return Edit()

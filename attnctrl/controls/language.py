@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.rows import RowEdit
+from ..attention.rows import FAR, RowEdit
 from ..errors import AttnCtrlError
 from ..families.language import STREAMS, Model
 from ..heads import HeadSet
@@ -33,6 +33,8 @@ class Prompt:
         past: positions before the running call. length: positions in it.
         reads: the running call holds prompt tokens that have not been read before.
         copies: rows per prompt that generation made (beams, samples); rows of one prompt follow each other.
+        beams: generation exchanges these rows while it searches.
+        given: what was given beside the tokens that tells the sizes of the images, one entry for all copies of a prompt.
         notes: what controls keep until there is more prompt; under keys (control, layer) also after that.
     """
 
@@ -44,10 +46,13 @@ class Prompt:
     length: int = 0
     reads: bool = True
     copies: int = 1
+    beams: bool = False
+    given: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[Any, Any] = field(default_factory=dict)
     first_image: list[int | None] = field(init=False)
     after_image: list[int | None] = field(init=False)
     last: list[int] = field(init=False)
+    places: tuple[Tensor, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self._measure()
@@ -59,12 +64,13 @@ class Prompt:
         self.first_image = [row[0] if row else None for row in places]
         self.after_image = [row[-1] + 1 if row else None for row in places]
         self.last = [int(row.nonzero()[-1]) if bool(row.any()) else len(row) - 1 for row in valid]
+        self.places = tuple(row.nonzero().flatten() for row in self.image)
         self.notes.clear()
 
     def extend(self, ids: Tensor | None, valid: Tensor, image: Tensor, past: int) -> None:
         """More prompt after `past` positions; what lies between was written by the model."""
         gap = past - self.image.shape[1]
-        watched = {key: value for key, value in self.notes.items() if isinstance(key, tuple) and len(key) == 2}
+        watched = self.lasting()
         if self.ids is None or ids is None:
             self.ids = None
         else:
@@ -75,6 +81,10 @@ class Prompt:
         self.valid = valid
         self._measure()
         self.notes.update(watched)
+
+    def lasting(self) -> dict[Any, Any]:
+        """The notes that more prompt does not outdate."""
+        return {key: value for key, value in self.notes.items() if isinstance(key, tuple) and len(key) == 2}
 
     @property
     def batch(self) -> int:
@@ -98,6 +108,11 @@ class Prompt:
         mask = F.pad(mask, (0, self.total - mask.shape[1]), value=beyond) if self.total > mask.shape[1] else mask
         return mask[:, self.total - n_k : self.total]
 
+    def image_keys(self, n_k: int) -> tuple[Tensor, ...]:
+        """Per batch row the numbers of the image tokens among the running call's keys; a sliding window leaves the first ones behind."""
+        offset = self.total - n_k
+        return self.places if offset <= 0 else tuple(at[at >= offset] - offset for at in self.places)
+
     def rows_after_image(self) -> tuple[int, ...]:
         """Per batch row the first query of the running call behind the last image; `length` where there is no image."""
         return tuple(self._row(at) for at in self.after_image)
@@ -105,6 +120,15 @@ class Prompt:
     def rows_that_answer(self) -> tuple[int, ...]:
         """Per batch row the first query of the running call that is the prompt's last token or was written by the model."""
         return tuple(self._row(at) for at in self.last)
+
+    def rows_that_answer_from_images(self) -> tuple[int, ...]:
+        """As `rows_that_answer`, but FAR where there is no image."""
+        rows = zip(self.rows_that_answer(), self.first_image, strict=True)
+        return tuple(FAR if image is None else row for row, image in rows)
+
+    def row_of_last(self) -> tuple[int, ...]:
+        """Per batch row the query of the running call that is the prompt's last token; FAR where it is not among them."""
+        return tuple(at - self.past if at >= self.past else FAR for at in self.last)
 
     def _row(self, position: int | None) -> int:
         return self.length if position is None else min(max(position - self.past, 0), self.length)
@@ -118,6 +142,13 @@ class LanguageControl(Control):
     """True when `watch` wants the hidden states that enter the layers it touches."""
     per_layer: ClassVar[bool] = False
     """True when edits differ between layers for another reason than head weights."""
+    previews: bool = False
+    """True when a new prompt is first to be read without any edit: `preview_edits`, then `previewed`."""
+    tower_layers: ClassVar[tuple[int, ...]] = ()
+    """Layers of the vision tower whose class token is watched: what it attends to, (images, patches) summed over heads, is kept in the
+    prompt's notes under ("class token", layer), a list with one entry per call."""
+    compares: ClassVar[bool] = False
+    """True when `compare` wants the outputs of heads with the image and without it."""
 
     def fit(self, model: Model) -> LanguageControl:
         """The control with what it needs to know of the model, or an error why it does not fit; called once, before it touches any site."""
@@ -176,6 +207,21 @@ class LanguageControl(Control):
     def row_edits(self, site: Site, prompt: Prompt, weights: Tensor, n_k: int) -> tuple[RowEdit, ...]:
         """Edits of the running call: `prompt.length` queries, the last `n_k` positions as keys. `weights` (H,) lie on the CPU."""
         return ()
+
+    def head_scale(self, site: Site, prompt: Prompt, weights: Tensor) -> Tensor | None:
+        """What multiplies the output of each head in all rows of the running call, (B|1, H); None for nothing."""
+        return None
+
+    def preview_edits(self, site: Site, prompt: Prompt, n_k: int) -> tuple[RowEdit, ...]:
+        """Edits that only look, for the pass that comes before the edited one."""
+        return ()
+
+    def previewed(self, prompt: Prompt, logits: Tensor | None) -> None:
+        """After that pass: `logits` (B, V) of the first answered token, None where the model returns none. What is to last goes into
+        the prompt's notes under a key (control, …)."""
+
+    def compare(self, site: Site, prompt: Prompt, image: Tensor, text: Tensor) -> None:
+        """Outputs of a site's heads at the prompt's last token, (B, H, D): of the prompt, and of the prompt without its image tokens."""
 
     def says(self) -> tuple[str, ...]:
         """Lines for the session's report."""

@@ -48,7 +48,4 @@ AURAFLOW = Family(
     grid=of_patches,
     encode=_encode,
     lengths=_lengths,
-    refuses=(
-        ("RegionalPrompts", "its register tokens stand apart from text and image, which regions do not cover yet"),
-    ),
 )

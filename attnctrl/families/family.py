@@ -88,6 +88,8 @@ class Family:
         text_ids: argument with one row of position ids per text token, (T, n), when text has ids.
         numbered_text: the last entry of a text token's ids is its number in the prompt; otherwise all are 0.
         text_mask: argument that masks text tokens, (B, T); appended prompts are added to it.
+        trims: (text, its mask) arguments whose padding is cut off before prompts are appended, as masks count tokens.
+        refiner: path of a module in which text tokens attend to each other before the blocks; appended prompts pass it one by one.
         unbatched: tensor arguments without a batch dimension.
         row_dims: arguments whose batch dimension is not the first, with its number.
         lengths: (bound arguments, model) -> tokens per stream in an attention call, {"image": …, "text": …}; None for the product of
@@ -115,6 +117,8 @@ class Family:
     text_ids: str | None = None
     numbered_text: bool = False
     text_mask: str | None = None
+    trims: tuple[tuple[str, str], ...] = ()
+    refiner: str | None = None
     unbatched: tuple[str, ...] = ()
     row_dims: tuple[tuple[str, int], ...] = ()
     lengths: Callable[[dict[str, Any], nn.Module], dict[str, int | None]] | None = None
@@ -181,8 +185,23 @@ class Family:
             found["text"] = bound[self.text].shape[1]
         return found, grid
 
+    def trim(self, bound: dict[str, Any]) -> dict[str, Any]:
+        """The call without the padding of its prompts. Raises where these differ in length."""
+        out = dict(bound)
+        for text, mask in self.trims:
+            if isinstance(bound.get(mask), torch.Tensor):
+                counts = bound[mask].bool().sum(1).tolist()
+                if len(set(counts)) > 1:
+                    raise AttnCtrlError(
+                        f"the prompts of this batch have {min(counts)} to {max(counts)} tokens, and others can be appended behind "
+                        "prompts of one length alone\nHINT: one prompt per call (num_images_per_prompt gives several pictures of it)"
+                    )
+                out[text], out[mask] = bound[text][:, : counts[0]], bound[mask][:, : counts[0]]
+        return out
+
     def add_text(self, bound: dict[str, Any], states: Sequence[torch.Tensor]) -> dict[str, Any]:
         """The call with the text states of several prompts, (1, T, C) each, appended for every row, in the order that `lay_out` expects."""
+        bound = self.trim(bound)
         text = bound[self.text]
         extra = torch.cat(list(states), dim=1).to(text).expand(text.shape[0], -1, -1)
         first = self.stacks[0].streams[0] == "text"
@@ -221,6 +240,11 @@ def pick_rows(value: Any, rows: slice, batch: int) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(pick_rows(item, rows, batch) for item in value)
     return value
+
+
+def without_padding(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The text states (1, T, C) of one prompt without the padding at their end; mask is (1, T), 1 for real tokens."""
+    return states[:, : int(mask.sum())]
 
 
 def expand(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:

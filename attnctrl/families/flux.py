@@ -76,5 +76,10 @@ CHROMA = Family(
     lengths=with_references(of_ids),
     text_ids="txt_ids",
     unbatched=("img_ids", "txt_ids"),
-    refuses=(("RegionalPrompts", "Chroma masks its text, and appended prompts are not in its attention_mask"),),
+    refuses=(
+        (
+            "RegionalPrompts",
+            "Chroma adds its mask of padded text to pairs of tokens as numbers, which regions cannot follow yet",
+        ),
+    ),
 )

@@ -3,14 +3,14 @@ layers 0…, single blocks follow; the token refiner's are not layers. Two calls
 conditional one first.
 
 The text of HunyuanImage is the glyph prompt and the prompt together, real tokens in front, so the border between them differs from
-row to row: both are one stream. Its pipeline guides through a guider, by default one that projects (APG).
+row to row: both are one stream. Appended prompts bring no glyphs. Its pipeline guides through a guider, by default one that projects (APG).
 """
 
 from __future__ import annotations
 
 import math
 
-from .family import Family, Stack
+from .family import Family, Stack, running, without_padding
 
 
 _STREAMS = ("image", "text")
@@ -18,9 +18,8 @@ _STACKS = (
     Stack("transformer_blocks", "attn", "joint", _STREAMS, gives=_STREAMS),
     Stack("single_transformer_blocks", "attn", "joint", _STREAMS, gives=_STREAMS),
 )
-_MASKED = (
-    ("RegionalPrompts", "the model masks its text, and appended prompts are not in its encoder_attention_mask"),
-)
+_TEXT = ("encoder_hidden_states", "encoder_attention_mask")
+_GLYPHS = ("encoder_hidden_states_2", "encoder_attention_mask_2")
 
 
 def _image_grid(bound, model):
@@ -34,6 +33,22 @@ def _image_lengths(bound, model):
     if glyphs is not None and model.context_embedder_2 is not None:
         text += glyphs.shape[1]
     return {"image": math.prod(_image_grid(bound, model)), "text": text}
+
+
+def _encode_image(pipeline, prompts, length, device):
+    states, mask, *_ = pipeline.encode_prompt(prompt=prompts, device=device)
+    return without_padding(states, mask)
+
+
+def _encode_video(pipeline, prompts, length, device):
+    template = running(pipeline, "prompt_template", None)
+    states, _, mask = pipeline.encode_prompt(
+        prompt=prompts,
+        device=device,
+        max_sequence_length=length,
+        **({} if template is None else {"prompt_template": template}),
+    )
+    return without_padding(states, mask)
 
 
 def _projects(pipeline):
@@ -61,8 +76,11 @@ HUNYUAN_IMAGE = Family(
     cfg="separate",
     grid=_image_grid,
     lengths=_image_lengths,
+    encode=_encode_image,
+    text_mask="encoder_attention_mask",
+    trims=(_TEXT, _GLYPHS),
+    refiner="context_embedder",
     renormalizes=_projects,
-    refuses=_MASKED,
 )
 
 HUNYUAN_VIDEO = Family(
@@ -74,5 +92,8 @@ HUNYUAN_VIDEO = Family(
     text="encoder_hidden_states",
     cfg="separate",
     grid=_video_grid,
-    refuses=_MASKED,
+    encode=_encode_video,
+    text_mask="encoder_attention_mask",
+    trims=(_TEXT,),
+    refiner="context_embedder",
 )

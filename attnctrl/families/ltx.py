@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 
 from ..errors import AttnCtrlError
-from .family import Family, Stack
+from .family import Family, Stack, without_padding
 
 
 def _grid(bound, model):
@@ -25,6 +25,13 @@ def _grid(bound, model):
     return grid
 
 
+def _encode(pipeline, prompts, length, device):
+    states, mask, *_ = pipeline.encode_prompt(
+        prompt=prompts, do_classifier_free_guidance=False, max_sequence_length=length, device=device
+    )
+    return without_padding(states, mask)
+
+
 def _rescales(pipeline):
     return bool(getattr(pipeline, "guidance_rescale", 0))
 
@@ -41,6 +48,8 @@ LTX = Family(
     text="encoder_hidden_states",
     cfg="batched",
     grid=_grid,
+    encode=_encode,
+    text_mask="encoder_attention_mask",
     unbatched=("rope_interpolation_scale",),
     renormalizes=_rescales,
 )

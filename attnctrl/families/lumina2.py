@@ -50,6 +50,9 @@ LUMINA2 = Family(
     cfg_on=_cfg_on,
     renormalizes=lambda pipeline: bool(running(pipeline, "cfg_normalization", True)),
     refuses=(
-        ("RegionalPrompts", "Lumina2 masks its text, and appended prompts are not in its encoder_attention_mask"),
+        (
+            "RegionalPrompts",
+            "Lumina2 counts the image's positions from the end of its text, which appended prompts move",
+        ),
     ),
 )

@@ -7,6 +7,7 @@ the one of the first block that attends.
 
 from __future__ import annotations
 
+from ..errors import AttnCtrlError
 from .family import Family, Stack
 
 
@@ -25,6 +26,8 @@ def _lengths(bound, model):
 
 
 def _encode(pipeline, prompts, length, device):
+    if getattr(pipeline.unet.config, "addition_embed_type", None) == "text":
+        raise AttnCtrlError("this UNet also pools its text (DeepFloyd IF), so no prompts can be appended")
     embeds, *_ = pipeline.encode_prompt(
         prompt=prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )
@@ -51,6 +54,7 @@ UNET = Family(
     cfg="batched",
     grid=_grid,
     encode=_encode,
+    text_mask="encoder_attention_mask",
     lengths=_lengths,
     units=("down_blocks", "mid_block", "up_blocks"),
     skips=True,

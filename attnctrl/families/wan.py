@@ -2,7 +2,8 @@
 conditional one first. `attn1` is the layer that numbers select; `attn2`, from the video to the text, goes by its path.
 
 The image-to-video models of Wan 2.1 attend in `attn2` also to the encoded picture, in a call of its own, and know the text as the
-last 512 tokens. Wan 2.2 runs the first steps on `transformer`, the others on `transformer_2`.
+last 512 tokens. Region prompts keep their padding, as the model was trained with it (`trim_text` cuts it). Wan 2.2 runs the first
+steps on `transformer`, the others on `transformer_2`.
 """
 
 from __future__ import annotations

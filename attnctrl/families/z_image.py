@@ -62,6 +62,9 @@ Z_IMAGE = Family(
     uncond_weight=lambda pipeline: -float(running(pipeline, "current_guidance_scale")),  # cond + g (cond − uncond)
     renormalizes=_renormalizes,
     refuses=(
-        ("RegionalPrompts", "Z-Image takes its prompts as a list of tensors, to which none can be appended yet"),
+        (
+            "RegionalPrompts",
+            "Z-Image counts the image's positions from the end of its text, which appended prompts move",
+        ),
     ),
 )

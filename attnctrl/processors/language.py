@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import weakref
 from collections import Counter
@@ -17,9 +18,11 @@ from ..attention.rows import Mask, RowEdit, edit_rows
 from ..controls.base import Control
 from ..controls.language import LanguageControl, Prompt
 from ..errors import AttnCtrlError
-from ..families.language import find_language
+from ..families.language import IMAGE_SIZES, class_token_attention, find_language
 from ..sites import Site, Tokens
 from . import transformers as interface
+from .maps import attention_values, heat_map, sink_values
+from .text_only import TextOnly
 
 
 class LanguageSession:
@@ -68,11 +71,20 @@ class LanguageSession:
 
     def _forget(self) -> None:
         self._now: Prompt | None = None
+        self.last_prompt: Prompt | None = None
         self._generating: _Generation | None = None
         self._prompts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # cache -> prompt
         self._seen: set[str] = set()
         self._edits: dict[tuple, tuple] = {}
         self._masks: dict[tuple, tuple[Any, Mask]] = {}
+        self._aside: str = ""  # "preview" of a prompt without edits, or its "text" alone, while that runs
+        self._previewed: Prompt | None = None
+        self._carried: dict[Any, Any] = {}  # notes of a preview, for the prompt that it was a preview of
+        self._text: TextOnly | None = None
+        self._with_image: Tensor | None = None
+        self._early: dict[
+            int, list[Tensor]
+        ] = {}  # what the vision tower saw before the call: `generate` runs it first
 
     def _check_family(self, control: Control) -> None:
         found = getattr(getattr(control, "heads", None), "family", None)
@@ -88,7 +100,7 @@ class LanguageSession:
             return
         if control.guides or control.shapes or not hasattr(control, "heads") or control.name != "HeadScale":
             raise AttnCtrlError(
-                f"{control.name} is for diffusion models\nHINT: on language models PAI, PASTA, VAF, VAR, and HeadScale without scale"
+                f"{control.name} is for diffusion models\nHINT: on language models PAI, PASTA, VAR, VHR and the like, and HeadScale without scale"
             )
         if not control.schedule.everywhere:
             raise AttnCtrlError(
@@ -127,6 +139,10 @@ class LanguageSession:
                     base.register_forward_pre_hook(self._before, with_kwargs=True),
                     base.register_forward_hook(self._after, with_kwargs=True, always_call=True),
                 ]
+                if any(getattr(fitted, "previews", False) for fitted in self._fitted.values()):
+                    self._hooks.append(
+                        self.model.register_forward_pre_hook(self._preview, with_kwargs=True, prepend=True)
+                    )
                 watched = {
                     path for c, touched in self._weights.items() if getattr(c, "watches", False) for path in touched
                 }
@@ -134,6 +150,9 @@ class LanguageSession:
                     layer = modules[path.rpartition(".")[0]]
                     hook = self._watching(next(site for site in self.sites if site.path == path))
                     self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+                for layer in sorted({at for f in self._fitted.values() for at in getattr(f, "tower_layers", ())}):
+                    module = self.language.tower[layer]
+                    self._hooks.append(module.register_forward_pre_hook(self._seeing(layer), with_kwargs=True))
                 if hasattr(self.model, "generate"):
                     self._had_generate = self.model.__dict__.get("generate")
                     self._inner_generate = self.model.generate
@@ -199,7 +218,9 @@ class LanguageSession:
         count = [
             kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")
         ]
-        self._generating = _Generation(copies=max(count[0], count[1]))
+        given = {name: kwargs[name] for name in IMAGE_SIZES if name in kwargs}
+        self._generating = _Generation(copies=max(count[0], count[1]), beams=count[0] > 1, given=given)
+        self._early = {}
         try:
             return self._inner_generate(*args, **kwargs)
         finally:
@@ -208,6 +229,8 @@ class LanguageSession:
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Finds out what the call reads: a new prompt, more of one, or what the model has just written."""
+        if self._aside == "text":
+            return
         bound = {**dict(zip(self._names, args, strict=False)), **kwargs}
         ids, embeds, cache = (bound.get(name) for name in ("input_ids", "inputs_embeds", "past_key_values"))
         self._seen.clear()
@@ -219,10 +242,23 @@ class LanguageSession:
         shape, device = (ids if ids is not None else embeds).shape[:2], (ids if ids is not None else embeds).device
         past = int(cache.get_seq_length()) if cache is not None else 0
         now = self._prompt(ids, shape, device, past, cache, bound.get("attention_mask"))
+        if now.reads:
+            for name in IMAGE_SIZES:
+                new = (bound if self._generating is None else self._generating.given).get(name)
+                if isinstance(new, Tensor):
+                    known = now.given.get(name)
+                    now.given[name] = new if known is None else torch.cat([known, new])
         if cache is not None:
             self._prompts[cache] = now
-        if self._generating is not None:
+        if self._generating is not None and not self._aside:
             self._generating.prompt = now
+        if past == 0 and now.reads:
+            now.notes.update(self._carried)
+            self._carried = {}
+        if now.reads and not self._aside:
+            for layer, seen in self._early.items():
+                now.notes.setdefault(("class token", layer), []).extend(seen)
+            self._early = {}
         if now.reads:
             for control, fitted in self._fitted.items():
                 if isinstance(fitted, LanguageControl):
@@ -231,7 +267,49 @@ class LanguageSession:
                         self._note(
                             f"{control.name}: rows {_rows(now.first_image)} of a batch hold no image and stay as they are"
                         )
+        self._text = None
+        comparing = any(getattr(fitted, "compares", False) for fitted in self._fitted.values())
+        if comparing and past == 0 and now.reads and not self._aside:
+            with self._running("text"):
+                self._text = TextOnly(module, self._layers(), now, bound.get("token_type_ids"))
         self._now = now
+
+    def _layers(self) -> list[nn.Module]:
+        """All layers of the stack that the sites are in."""
+        stack = self.sites[0].path.rpartition(".")[0].rpartition(".")[0]
+        return list(self.model.get_submodule(stack))
+
+    @contextmanager
+    def _running(self, what: str):
+        before, self._aside = self._aside, what
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._aside = before
+
+    @torch.compiler.disable
+    def _preview(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Runs a new prompt without edits, before the edited pass."""
+        names = list(inspect.signature(module.forward).parameters)
+        bound = {**dict(zip(names, args, strict=False)), **kwargs}
+        cache, writing = bound.get("past_key_values"), self._generating
+        known = (cache is not None and cache.get_seq_length() > 0) or (
+            writing is not None and writing.prompt is not None
+        )
+        if self._aside or known:
+            return
+        bound["past_key_values"] = copy.deepcopy(cache)
+        with self._running("preview"):
+            logits = getattr(module(**bound), "logits", None)
+        prompt, self._previewed = self._previewed, None
+        if logits is not None:
+            at = prompt.last if logits.shape[1] == prompt.length else [-1] * prompt.batch
+            logits = logits[torch.arange(prompt.batch), at]
+        for fitted in self._fitted.values():
+            if getattr(fitted, "previews", False):
+                fitted.previewed(prompt, logits)
+        self._carried = prompt.lasting()
 
     def _prompt(self, ids: Tensor | None, shape, device, past: int, cache: Any, mask: Any) -> Prompt:
         batch, length = shape
@@ -244,7 +322,7 @@ class LanguageSession:
             now = Prompt(
                 ids, valid, self._images(ids, shape, device), torch.zeros(shape, dtype=torch.bool, device=device)
             )
-            now.copies, now_reads = copies, True
+            now.copies, now.beams, now_reads = copies, writing is not None and writing.beams, True
         else:
             now = self._prompts.get(cache)
             if now is None or now.total != past:
@@ -277,14 +355,21 @@ class LanguageSession:
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Also runs after an exception; then there is no output."""
+        if self._aside == "text":
+            return
         now, self._now = self._now, None
+        self._text = self._with_image = None
         self._masks.clear()
         self._edits.clear()
         if output is None or now is None:
             return
+        if self._aside:
+            self._previewed = now
+            return
         cache = getattr(output, "past_key_values", None)
         if cache is not None:
             self._prompts[cache] = now
+        self.last_prompt = now
         self.calls["calls that read" if now.reads else "calls that write"] += 1
         for control, touched in self._weights.items():
             missed = set(touched) - self._seen
@@ -298,7 +383,7 @@ class LanguageSession:
         @torch.compiler.disable
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             now = self._now
-            if now is None or not now.reads:
+            if now is None or not now.reads or self._aside:
                 return
             hidden = args[0] if args else kwargs["hidden_states"]
             for control, fitted in self._fitted.items():
@@ -307,16 +392,32 @@ class LanguageSession:
 
         return hook
 
+    def _seeing(self, layer: int):
+        """Notes what the class token of the vision tower attends to."""
+
+        @torch.compiler.disable
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if self._aside:
+                return
+            with torch.no_grad():
+                seen = class_token_attention(module, args[0] if args else kwargs["hidden_states"])
+            key = layer if self._now is None else ("class token", layer)
+            (self._early if self._now is None else self._now.notes).setdefault(key, []).append(seen)
+
+        return hook
+
     def attend(self, inner, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *args, **kwargs):
         """One attention call of a held module: q (B, H, T, D), k and v (B, H_kv, S, D); returns ((B, T, H, D), None)."""
         site, now = self._by_module[module], self._now
+        if self._aside == "text":
+            return self._attend_text(site, inner, module, q, k, v, mask, *args, **kwargs)
         if now is None:
             raise AttnCtrlError(
                 f"{', '.join(self.names())}: {type(self.language.decoder).__name__} was called past {type(self.language.base).__name__}, "
                 "which is given the token ids\nHINT: call the model that the controls are attached to"
             )
         self._refuse(module, now, q, kwargs)
-        edits, scale_of_heads = self._edits_at(site, now, k.shape[2])
+        edits = self._edits_at(site, now, k.shape[2])
 
         def plain() -> Tensor:
             count_kernel("the model's own")
@@ -332,13 +433,32 @@ class LanguageSession:
                 named = {"scale": kwargs.get("scaling"), "softcap": kwargs.get("softcap")}
                 with self._named(site):
                     out = edit_rows(q, keys, values, edits, plain, mask=seen, **named)
-            if scale_of_heads is not None:
-                out = out * scale_of_heads.to(out.device, out.dtype)[:, :, None, None]
+            if self._aside:
+                return out.transpose(1, 2).contiguous(), None
+            if self._text is not None and self._comparing(site):
+                self._with_image = out[torch.arange(now.batch), :, now.row_of_last()].detach()
+                with self._running("text"):
+                    self._text.run_through(self.model.get_submodule(site.path.rpartition(".")[0]))
+                self._with_image = None
+            out = _times(out, self._head_scale(site, now))
         self.kernels.update(log)
         self._seen.add(site.path)
         for control, touched in self._weights.items():
             if site.path in touched:
                 self.hits[control][site.path] += 1
+        return out.transpose(1, 2).contiguous(), None
+
+    def _comparing(self, site: Site) -> list[Control]:
+        return [c for c, f in self._fitted.items() if getattr(f, "compares", False) and site.path in self._weights[c]]
+
+    def _attend_text(self, site: Site, inner, *args, **kwargs):
+        """An attention call of the prompt without its image: only comparing controls act, and they compare first."""
+        out = inner(*args, **kwargs)[0].transpose(1, 2)
+        if self._with_image is not None:
+            for control in self._comparing(site):
+                fitted, weights = self._fitted[control], self._weights[control][site.path]
+                fitted.compare(site, self._now, self._with_image, out[:, :, -1])
+                out = _times(out, fitted.head_scale(site, self._now, weights))
         return out.transpose(1, 2).contiguous(), None
 
     def _refuse(self, module: nn.Module, now: Prompt, q: Tensor, kwargs: dict) -> None:
@@ -357,16 +477,37 @@ class LanguageSession:
                 f"{', '.join(self.names())} on {self.family.name}, {type(module).__name__}: {'; '.join(wrong)}"
             )
 
-    def _edits_at(self, site: Site, now: Prompt, n_k: int) -> tuple[tuple[RowEdit, ...], Tensor | None]:
-        """Edits of a call at a site, and what multiplies its heads, (B|1, H). Layers that are edited alike share one value."""
+    def _edits_at(self, site: Site, now: Prompt, n_k: int) -> tuple[RowEdit, ...]:
+        """Edits of a call at a site. Layers that are edited alike share one value."""
         n_k = min(n_k, now.total)
         edits: list[RowEdit] = []
-        factors: list[Tensor] = []
+        for control, touched in self._weights.items():
+            weights, fitted = touched.get(site.path), self._fitted[control]
+            if weights is None or not isinstance(fitted, LanguageControl):
+                continue
+            key = (control, n_k, self._alike[control][site.path], site.layer if fitted.per_layer else None)
+            if key not in self._edits:
+                with self._named(site):
+                    if self._aside:
+                        found = fitted.preview_edits(site, now, n_k) if fitted.previews else ()
+                    else:
+                        found = fitted.row_edits(site, now, weights, n_k)
+                self._edits[key] = tuple(e for e in found if e.start is None or min(e.start) < now.length)
+            edits += self._edits[key]
+        return tuple(edits)
+
+    def _head_scale(self, site: Site, now: Prompt) -> Tensor | None:
+        """What multiplies the heads of a site, (B|1, H); None for nothing."""
+        total = None
         for control, touched in self._weights.items():
             weights, fitted = touched.get(site.path), self._fitted[control]
             if weights is None:
                 continue
-            if not isinstance(fitted, LanguageControl):
+            if isinstance(fitted, LanguageControl):
+                factor = fitted.head_scale(site, now, weights)
+                if factor is None:
+                    continue
+            else:
                 tokens = Tokens((("tokens", 0, now.length),), (now.length,))
                 factor = fitted.edit(site, tokens, weights).head_scale
                 factor = factor[None] if factor.ndim == 1 else factor
@@ -374,18 +515,9 @@ class LanguageSession:
                     raise AttnCtrlError(
                         f"{control.name} has head sets for {factor.shape[0]} prompts, the batch has {now.batch // now.copies}"
                     )
-                factors.append(factor.repeat_interleave(now.copies, 0) if factor.shape[0] > 1 else factor)
-                continue
-            key = (control, n_k, self._alike[control][site.path], site.layer if fitted.per_layer else None)
-            if key not in self._edits:
-                with self._named(site):
-                    found = fitted.row_edits(site, now, weights, n_k)
-                self._edits[key] = tuple(e for e in found if e.start is None or min(e.start) < now.length)
-            edits += self._edits[key]
-        total = None
-        for factor in factors:
+                factor = factor.repeat_interleave(now.copies, 0) if factor.shape[0] > 1 else factor
             total = factor if total is None else total * factor
-        return tuple(edits), total
+        return total
 
     def _mask(self, mask: Any, module: nn.Module, n_q: int, n_k: int, kwargs: dict) -> Mask:
         causal = kwargs.get("is_causal")
@@ -418,6 +550,41 @@ class LanguageSession:
 
     # -- what people ask -----------------------------------------------------------------------------------------------------
 
+    def attention_values(
+        self, token: int, index: int | None = None, *, row: int = 0, layers: Any = None, heads: Any = None
+    ) -> Tensor:
+        """Where the model looked while it wrote a token: the attention of its row to one image, (rows, columns) of image tokens, float32.
+
+        `RecordAttention` must have been attached. The value of an image token is its probability, averaged over the chosen heads that
+        were recorded; all values together are the attention that the image received, unless the family shows the image in several
+        views.
+
+        Args:
+            token: 0 for the first token after the last prompt; negative from the last one.
+            index: which image; None the first one. Families that cut an image into tiles count tiles, and None is the last one: the whole
+                image, after its tiles.
+            row: of the batch.
+            layers, heads: restrict to these.
+        """
+        return attention_values(self, token, index, row, layers, heads)
+
+    def attention_map(
+        self, token: int, image: Any, index: int | None = None, *, row: int = 0, layers: Any = None, heads: Any = None
+    ) -> Any:
+        """`attention_values` as heat over a picture: a PIL image of the size of `image`, its largest value white."""
+        return heat_map(self.attention_values(token, index, row=row, layers=layers, heads=heads), image)
+
+    def sink_values(self, index: int | None = None, *, row: int = 0, layers: Any = None) -> Tensor:
+        """In which share of the layers that `VAR` looked at each token of an image is an attention sink, (rows, columns) float32.
+
+        Of the prompt that was read last; arguments as those of `attention_values`.
+        """
+        return sink_values(self, index, row, layers)
+
+    def sink_map(self, image: Any, index: int | None = None, *, row: int = 0, layers: Any = None) -> Any:
+        """`sink_values` as heat over a picture, as `attention_map`."""
+        return heat_map(self.sink_values(index, row=row, layers=layers), image)
+
     def report(self) -> str:
         """What was attached where, how often it acted, and what it did."""
         lines = [f"{self.family.name}: {type(self.model).__name__}, {len(self.sites)} attention layers"]
@@ -440,11 +607,16 @@ class LanguageSession:
 
 
 class _Generation:
-    """A running `generate`: its prompt once it is read, and how many rows it makes of each."""
+    """A running `generate`: its prompt once it is read, how many rows it makes of each, and the sizes of images that it was given."""
 
-    def __init__(self, copies: int):
-        self.copies = copies
+    def __init__(self, copies: int, beams: bool, given: dict[str, Any]):
+        self.copies, self.beams, self.given = copies, beams, given
         self.prompt: Prompt | None = None
+
+
+def _times(out: Tensor, factor: Tensor | None) -> Tensor:
+    """(B, H, T, D) times (B|1, H)."""
+    return out if factor is None else out * factor.to(out.device, out.dtype)[:, :, None, None]
 
 
 def _rows(found: list) -> str:

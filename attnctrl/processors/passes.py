@@ -72,8 +72,7 @@ class Passes:
                 f"{', '.join(names)}: this call carries reference images, whose tokens regions cannot place yet"
             )
         for control in active:
-            if hasattr(control, "check_grid"):  # coarser levels of a UNet may lose a region, the first may not
-                control.check_grid(grid)
+            control.check_grid(grid)
         return Pass(active, cond, batch, lengths, grid, regions, moment)
 
     def _run(self, call: dict, now: Pass):

@@ -10,6 +10,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from torch import nn
 
 from ..attention import Plan
 from ..controls.base import Control, Moment
@@ -187,8 +188,11 @@ class Session(Passes):
             stack.append(self)
             for path in paths:
                 module = modules[path]
-                controlled = ControlledAttnProcessor(module.processor, by_path[path], self)
-                self._processors[path] = (module, module.processor, controlled)
+                own = module.processor
+                controlled = ControlledAttnProcessor(own, by_path[path], self)
+                self._processors[path] = (module, own, controlled)
+                if isinstance(own, nn.Module):  # an IP-Adapter's; it stays a part of the model, so that `.to` moves it
+                    module._modules["_own_processor"] = module._modules.pop("processor")
                 module.processor = controlled
             self._gates = [Gate(path, modules[path], self._through) for path in sorted(gated)]
             if self._strengths:  # a gate, as offloading takes `forward` away and puts it back at the end of every run
@@ -207,7 +211,9 @@ class Session(Passes):
             if not self._attached:
                 return
             for module, processor, controlled in self._processors.values():
+                module._modules.pop("_own_processor", None)
                 if module.processor is controlled:
+                    del module.processor
                     module.processor = processor
             for gate in self._gates:
                 gate.remove()

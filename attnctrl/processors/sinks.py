@@ -37,6 +37,22 @@ class SinkDims:
     tau: float
     evidence: dict[str, Any]
 
+    def report(self) -> str:
+        """What was found, in words."""
+        evidence = self.evidence
+        dims = ", ".join(f"{dim} ({median:g} × RMS)" for dim, median in evidence["median"].items())
+        lines = [
+            f"{self.base_model} ({self.family}): sink dimensions {dims}, tau {self.tau:g}",
+            f"  flags the first token in {evidence['first']:.0%} of the layers, {evidence['flagged']:.1%} of all tokens, "
+            f"image tokens {evidence['image']} times",
+        ]
+        if evidence["attended"] is not None:
+            lines.append(
+                f"  flagged image tokens receive more attention than the median one in {evidence['attended']:.0%} of the layers"
+            )
+        lines.append(f"  VAR(dims={self.dims}, tau={self.tau:g})")
+        return "\n".join(lines)
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes JSON (atomic)."""
         temporary = f"{os.fspath(path)}.tmp"

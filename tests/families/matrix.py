@@ -28,6 +28,9 @@ each real class: switched off it must leave the prediction bit for bit, on it mu
 That SoftPAG changes the named head alone is tested apart, against a dense computation of the attention call. A dash refuses with the reason
 below the table.
 
+NormalizedAttention and RegionalPrompts append prompts to the text; on HunyuanImage and HunyuanVideo all prompts of a call must then have
+the same length.
+
 `attnctrl inspect MODEL` says the same for one model, with its layers and heads.
 """
 
@@ -88,6 +91,11 @@ TRIALS = (
         ),
         {"strength": 0.0},
     ),
+    Trial(
+        "RegionalPrompts, not isolated",
+        lambda s, b: ac.RegionalPrompts([ac.Region("left", box=(0, 0, 0.5, 1))], isolate=False),
+        {"strength": 0.0},
+    ),
 )
 
 
@@ -99,7 +107,9 @@ def outputs(output) -> torch.Tensor:
 def reason(family: Family, trial: Trial) -> str | None:
     """None when the control works on the family's tiny model, else the reason of the refusal. Anything else raises."""
     build, call = TINY[family.name]
-    model, inputs = build(), call()
+    appends = trial.name.startswith(("NormalizedAttention", "RegionalPrompts"))
+    one_length = appends and family.trims  # behind prompts of one length alone
+    model, inputs = build(), call(missing=0) if one_length else call()
     sites, blocks = family.sites(model), family.blocks(model)
     with torch.no_grad():
         before = outputs(model(**inputs))

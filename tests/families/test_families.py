@@ -326,13 +326,39 @@ def test_prompts_are_encoded_with_arguments_that_pipelines_know(name, pipeline, 
     fake.transformer = SimpleNamespace(
         config=SimpleNamespace(use_rotary_positional_embeddings=True, added_kv_proj_dim=None, max_text_seq_length=5)
     )
+    fake.unet = SimpleNamespace(config=SimpleNamespace(addition_embed_type="text_time"))
     states = torch.ones(1, 5, 16)
     fake.encode_prompt.return_value = (states, *[None] * (count - 1))
     assert torch.equal(FAMILY[name].encode(fake, ["a cat"], 5, torch.device("cpu")), states)
     assert fake.encode_prompt.call_args.kwargs["prompt"] == ["a cat"]
 
 
+@pytest.mark.parametrize(
+    ("name", "pipeline"),
+    [
+        ("pixart", "PixArtAlphaPipeline"),
+        ("sana", "SanaPipeline"),
+        ("ltx", "LTXPipeline"),
+        ("hunyuan_image", "HunyuanImagePipeline"),
+        ("hunyuan_video", "HunyuanVideoPipeline"),
+    ],
+)
+def test_masked_prompts_are_appended_without_their_padding(name, pipeline):
+    fake = create_autospec(getattr(diffusers, pipeline), instance=True)
+    states, mask = torch.randn(1, 5, 16), torch.tensor([[1, 1, 1, 0, 0]])
+    fake.encode_prompt.return_value = (states, None, mask) if name == "hunyuan_video" else (states, mask, None, None)
+    assert torch.equal(FAMILY[name].encode(fake, ["a cat"], 5, torch.device("cpu")), states[:, :3])
+    assert fake.encode_prompt.call_args.kwargs.get("max_sequence_length", 5) == 5
+    call = TINY[name][1](missing=0) if FAMILY[name].trims else TINY[name][1]()
+    longer = FAMILY[name].add_text(call, [states[:, :3], states[:, :2]])
+    text, appended = call["encoder_attention_mask"], longer["encoder_attention_mask"]
+    assert torch.equal(appended[:, :5], text) and bool((appended[:, 5:] == 1).all()) and appended.shape[1] == 10
+
+
 def test_prompts_that_cannot_be_appended_are_refused():
+    pooled = SimpleNamespace(unet=SimpleNamespace(config=SimpleNamespace(addition_embed_type="text")))
+    with pytest.raises(AttnCtrlError, match="pools its text"):
+        FAMILY["unet"].encode(pooled, ["a"], 77, torch.device("cpu"))
     fixed = SimpleNamespace(config=SimpleNamespace(use_rotary_positional_embeddings=False, max_text_seq_length=226))
     with pytest.raises(AttnCtrlError, match="226 text tokens.*\nHINT"):
         FAMILY["cogvideox"].encode(SimpleNamespace(transformer=fixed), ["a"], 226, torch.device("cpu"))

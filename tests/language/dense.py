@@ -137,3 +137,88 @@ def var(image, hidden, dims, tau, min_non_sink, min_image_mass, transfer, layers
         return p
 
     return edit
+
+
+# What acts on the pattern: p (B, H, T, S) -> p. Positions outside the prompt are neither image nor sink.
+
+
+def known(mask, k_at):
+    """A mask of the prompt's positions (B, n) as one of keys (B, S)."""
+    out = torch.zeros(len(mask), len(k_at), dtype=torch.bool)
+    for j, at in enumerate(k_at.tolist()):
+        if at < mask.shape[1]:
+            out[:, j] = mask[:, at]
+    return out
+
+
+def act(p, mask, valid, q_at, k_at, threshold, beta, heads, sinks):
+    """`sinks`: filled when the prompt is read: (H, position) of each row."""
+    new = p.clone()
+    for b in range(len(p)):
+        first = int(valid[b].nonzero()[0])
+        for h in heads:
+            if (b, h) not in sinks:
+                sinks[b, h] = set()
+                queries = [i for i, at in enumerate(q_at.tolist()) if valid[b, at]]
+                for j, at in enumerate(k_at.tolist()):
+                    seeing = [i for i in queries if mask[b, 0, i, j]]
+                    limit = threshold if isinstance(threshold, float) else threshold[0] / int(valid[b].sum())
+                    if seeing and at != first and sum(p[b, h, i, j] for i in seeing) / len(seeing) > limit:
+                        sinks[b, h].add(at)
+            sink = torch.tensor([at in sinks[b, h] for at in k_at.tolist()])
+            for i in range(len(q_at)):
+                row = p[b, h, i]
+                if row[~sink].sum() == 0:  # padding, or a window with nothing but sinks
+                    continue
+                moved = (1 - beta) * row[sink].sum()
+                new[b, h, i, sink] = beta * row[sink]
+                new[b, h, i, ~sink] = row[~sink] * (1 + moved / row[~sink].sum())
+    return new
+
+
+def salient(pattern, words):
+    """Of one prompt: pattern (H, T, K) over its image, words: rows. The formula of the paper."""
+    rise = torch.stack([(pattern[:, i] - pattern[:, i - 1]).clamp(min=0) for i in words], 1)
+    strongest = sorted(range(len(rise)), key=lambda h: -float(rise[h].sum()))[: len(rise) // 2]
+    mean = sum(rise[h].sum(0) for h in strongest) / (len(strongest) * len(words))
+    spread = 3 * math.sqrt(float(((mean - mean.mean()) ** 2).sum() / (len(mean) - 1)))
+    mean = torch.stack([min(max(x, mean.mean() - spread), mean.mean() + spread) for x in mean])
+    return (mean - mean.min()) / (mean.max() - mean.min())
+
+
+def gift(p, image, question, q_at, k_at, saliency, alpha):
+    """`saliency`: per prompt over its image tokens."""
+    picture, asked = known(image, k_at), known(question, k_at)
+    new = p.clone()
+    for b in range(len(p)):
+        last = int(question[b].nonzero()[-1])
+        grow = torch.zeros(image.shape[1], dtype=torch.float64)
+        grow[image[b]] = alpha * saliency[b]
+        factor = torch.tensor([math.exp(grow[at]) if at < len(grow) else 1.0 for at in k_at.tolist()])
+        for i in (q_at >= last).nonzero().flatten().tolist():
+            rows = p[b, :, i].double()
+            half = len(rows) // 2
+            v, q = rows[:, picture[b]].sum(1), rows[:, asked[b]].sum(1)
+            looks, asks = v.argsort(descending=True)[:half], q.argsort(descending=True)[:half]
+            seen = sum(v[h] for h in looks)  # 0 where a window has left the image behind
+            r = sum((rows[h] * factor)[picture[b]].sum() for h in looks) / seen if seen > 0 else 1.0
+            for h in range(len(rows)):
+                row = rows[h].clone()
+                if h in looks:
+                    row = torch.where(picture[b], row * factor, row)
+                if h in asks:
+                    row = torch.where(asked[b], row * r, row)
+                new[b, h, i] = row / row.sum()
+    return new
+
+
+def spin(s, p, mask, image, q_at, k_at, keep, factor):
+    """The output of a head is linear in its pattern."""
+    picture, new = known(image, k_at), p.clone()
+    for b in range(len(p)):
+        for i in (q_at >= image.shape[1] - 1).nonzero().flatten().tolist():
+            seen = picture[b] & mask[b, 0, i]
+            score = s[b, :, i][:, seen].sum(1)
+            for h in score.argsort(descending=True)[keep:] if seen.any() else ():
+                new[b, h, i] = p[b, h, i] * factor
+    return new

@@ -183,6 +183,7 @@ def test_find_sink_dims(tmp_path):
         model.model.language_model.embed_tokens.weight[1, 7] = 60.0
     found = find_sink_dims(model, run, tau=5.0)
     assert found.dims == (7,) and found.evidence["first"] == 1.0 and found.evidence["image"] == 0
+    assert "sink dimensions 7 (" in found.report() and "VAR(dims=(7,), tau=5)" in found.report()
     found.save(tmp_path / "sinks.json")
     assert json.loads((tmp_path / "sinks.json").read_text())["dims"] == [7]
 

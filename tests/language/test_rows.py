@@ -108,7 +108,7 @@ def test_probability_stays_and_columns_count_it():
     one = torch.ones(B, KV, N, 1, dtype=torch.float64)
     columns = Columns()
     chosen = [*edits(N)[:1], RowEdit(columns)]
-    found = edit_rows(q, k, one, chosen, lambda: None, mask=Mask(True))
+    found = edit_rows(q, k, one, chosen, lambda: one.new_ones(B, H, N, 1), mask=Mask(True))
     torch.testing.assert_close(found, torch.ones_like(found))
     torch.testing.assert_close(columns.total.sum(1), torch.full((B,), float(H * N), dtype=torch.float64))
     assert 0 < chosen[0].what.tally["edited"] <= chosen[0].what.tally["rows"]

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...errors import AttnCtrlError
 from ...sites import Site
@@ -28,6 +29,8 @@ class Model:
     layers: int
     vocabulary: int
     image_ids: tuple[int, ...]
+    class_token: bool = False
+    """The vision tower has a class token, and its other tokens are the image tokens, one by one."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class LanguageFamily:
         name: as reports write it. model_type: of its config.
         language: path of the language model inside the base model (``model.base_model``); "" is the base model itself.
         image_ids: names in the config of the tokens that stand for image or video features.
+        grid: how image tokens lie in their image, a name of `grids.GRIDS`; "" where that is not known.
         refuses: reasons by control name, or under "image" for all controls of image tokens, why one cannot work.
     """
 
@@ -45,24 +49,25 @@ class LanguageFamily:
     model_type: str
     language: str = "language_model"
     image_ids: tuple[str, ...] = ("image_token_id",)
+    grid: str = ""
     refuses: tuple[tuple[str, str], ...] = ()
 
 
 _VIDEO = ("image_token_id", "video_token_id")
 FAMILIES = (
-    LanguageFamily("LLaVA", "llava"),
-    LanguageFamily("LLaVA-NeXT", "llava_next"),
-    LanguageFamily("LLaVA-OneVision", "llava_onevision", image_ids=_VIDEO),
-    LanguageFamily("Qwen2-VL", "qwen2_vl", image_ids=_VIDEO),
-    LanguageFamily("Qwen2.5-VL", "qwen2_5_vl", image_ids=_VIDEO),
-    LanguageFamily("Qwen3-VL", "qwen3_vl", image_ids=_VIDEO),
-    LanguageFamily("SmolVLM", "smolvlm", language="text_model"),
-    LanguageFamily("Idefics3", "idefics3", language="text_model"),
-    LanguageFamily("InternVL", "internvl"),
-    LanguageFamily("Gemma 3", "gemma3"),
-    LanguageFamily("PaliGemma", "paligemma"),
-    LanguageFamily("Mistral 3", "mistral3"),
-    LanguageFamily("FastVLM", "fast_vlm"),
+    LanguageFamily("LLaVA", "llava", grid="square"),
+    LanguageFamily("LLaVA-NeXT", "llava_next", grid="base"),
+    LanguageFamily("LLaVA-OneVision", "llava_onevision", image_ids=_VIDEO, grid="base"),
+    LanguageFamily("Qwen2-VL", "qwen2_vl", image_ids=_VIDEO, grid="patches"),
+    LanguageFamily("Qwen2.5-VL", "qwen2_5_vl", image_ids=_VIDEO, grid="patches"),
+    LanguageFamily("Qwen3-VL", "qwen3_vl", image_ids=_VIDEO, grid="patches"),
+    LanguageFamily("SmolVLM", "smolvlm", language="text_model", grid="tiles"),
+    LanguageFamily("Idefics3", "idefics3", language="text_model", grid="tiles"),
+    LanguageFamily("InternVL", "internvl", grid="tiles"),
+    LanguageFamily("Gemma 3", "gemma3", grid="square"),
+    LanguageFamily("PaliGemma", "paligemma", grid="square"),
+    LanguageFamily("Mistral 3", "mistral3", grid="sizes"),
+    LanguageFamily("FastVLM", "fast_vlm", grid="square"),
     LanguageFamily(
         "Mllama",
         "mllama",
@@ -89,6 +94,8 @@ class Language:
     decoder: nn.Module
     sites: tuple[Site, ...]
     facts: Model
+    tower: tuple[nn.Module, ...] = ()
+    """Attention of a vision tower with a class token, layer by layer."""
 
 
 def find_language(model: nn.Module) -> Language:
@@ -130,8 +137,11 @@ def find_language(model: nn.Module) -> Language:
         )
     ids = tuple(value for name in family.image_ids if isinstance(value := getattr(config, name, None), int))
     text = decoder.config
-    facts = Model(family.name, text.model_type, text.hidden_size, len(sites), text.vocab_size, ids)
-    return Language(family, base, decoder, sites, facts)
+    whole = family.grid == "square" and getattr(config, "vision_feature_select_strategy", None) == "default"
+    seen = getattr(base, "vision_tower", None) if whole else None
+    tower = tuple(m for m in seen.modules() if type(m).__name__ == "CLIPAttention") if seen is not None else ()
+    facts = Model(family.name, text.model_type, text.hidden_size, len(sites), text.vocab_size, ids, bool(tower))
+    return Language(family, base, decoder, sites, facts, tower)
 
 
 def _is_self_attention(module: nn.Module) -> bool:
@@ -148,3 +158,13 @@ def _heads(module: Any, decoder: Any) -> int:
             if isinstance(getattr(owner, name, None), int):
                 return getattr(owner, name)
     raise AttnCtrlError(f"{type(module).__name__} names its number of heads nowhere")
+
+
+def class_token_attention(module: nn.Module, hidden: Tensor) -> Tensor:
+    """Of a CLIP attention module that is given hidden (N, 1 + patches, C): what its first token attends to, (N, patches), over heads."""
+    heads = module.num_heads
+    q, k = (
+        x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (module.q_proj(hidden[:, :1]), module.k_proj(hidden))
+    )
+    q, k = (x if x.dtype == torch.float64 else x.float() for x in (q, k))
+    return (q @ k.transpose(-1, -2) * module.scale).softmax(-1).sum(1)[:, 0, 1:]

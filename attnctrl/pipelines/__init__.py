@@ -1,0 +1,8 @@
+"""Ready compositions of controls, with `from_pretrained`: a pipeline to call instead of a session to attach."""
+
+from .base import ControlledPipeline
+from .regional import RegionalPipeline
+from .story import StoryPipeline
+
+
+__all__ = ["ControlledPipeline", "RegionalPipeline", "StoryPipeline"]
