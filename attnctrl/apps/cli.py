@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -55,6 +56,7 @@ Steps = Annotated[int, typer.Option(rich_help_panel=PICTURES)]
 Height = Annotated[int | None, typer.Option(show_default="the model's", rich_help_panel=PICTURES)]
 Width = Annotated[int | None, typer.Option(show_default="the model's", rich_help_panel=PICTURES)]
 BatchSize = Annotated[int, typer.Option(help="Pictures made at a time.", rich_help_panel=PICTURES)]
+Workers = Annotated[int | None, typer.Option(help="Workers of --engine ray.", show_default="one a GPU, at least 1")]
 TextTokens = Annotated[
     int | None,
     typer.Option(
@@ -300,10 +302,10 @@ def generate(
     _tell(run(job, controls), report)
 
 
-def _tell(made: Iterable[Path | str], messages: bool) -> None:
-    """Files on stdout, messages on stderr."""
+def _tell(made: Iterable[Any], messages: bool) -> None:
+    """Files, as paths or addresses, on stdout; messages, which are texts, on stderr."""
     for item in made:
-        if isinstance(item, Path):
+        if not isinstance(item, str):
             typer.echo(item)
         elif messages:
             typer.echo(item, err=True)
@@ -320,13 +322,13 @@ def batch(
         typer.Argument(metavar="REQUESTS", help="A .jsonl, .csv, .tsv or .parquet file, one request a row."),
     ] = None,
     output: Annotated[
-        Path,
+        str,
         typer.Option(
             metavar="DIR",
-            help="Folder of pictures and results. The same command goes on where it was stopped.",
+            help="Folder of pictures and results, or its address: s3://…, gs://… The same command goes on where it was stopped.",
             rich_help_panel=FILES,
         ),
-    ] = Path("batch"),
+    ] = "batch",
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a row, and stop.")] = False,
     skip_invalid: Annotated[
         bool, typer.Option("--skip-invalid", help="Leave wrong rows out; they are written to rejected.jsonl.")
@@ -338,9 +340,7 @@ def batch(
         str,
         typer.Option(help="local: this process (`accelerate launch` runs several); ray: workers of a Ray cluster."),
     ] = "local",
-    workers: Annotated[
-        int | None, typer.Option(help="Workers of --engine ray.", show_default="one a GPU, at least 1")
-    ] = None,
+    workers: Workers = None,
     image_format: Annotated[str, typer.Option(help="png, or webp (lossless).", rich_help_panel=FILES)] = "png",
     shard_size: Annotated[
         int | None,
@@ -390,9 +390,11 @@ def batch(
         return
     if requests is None:
         raise AttnCtrlError("there is no file of requests\nHINT: attnctrl batch requests.jsonl --output DIR")
+    from .batch.remote import Address
     from .batch.run import Batch, BatchFailed, run
     from .generate import Job
 
+    address = Address(output) if "://" in output else None
     job = Job(
         prompt="of the requests",
         model=model,
@@ -404,7 +406,7 @@ def batch(
         attention_backend=attention_backend,
         cpu_offload=cpu_offload,
         batch_size=batch_size,
-        output=output,
+        output=Path(tempfile.gettempdir() if address else output),
     )
     defaults = {
         "negative_prompt": negative_prompt,
@@ -419,6 +421,7 @@ def batch(
         requests,
         job,
         {name: value for name, value in defaults.items() if value is not None},
+        address,
         image_format=image_format.lower(),
         shard_size=shard_size,
         skip_invalid=skip_invalid,
@@ -481,6 +484,10 @@ def hunt(
         float, typer.Option(help="How far heads are moved to the target, 0-1.", rich_help_panel=HEADS)
     ] = 1.0,
     target: Annotated[str, typer.Option(help="identity, uniform or mean_query.", rich_help_panel=HEADS)] = "identity",
+    engine: Annotated[
+        str, typer.Option(help="local: this process; ray: candidates are scored by workers of a Ray cluster.")
+    ] = "local",
+    workers: Workers = None,
     model: Model = "builtin:icons-t2i",
     dtype: Dtype = None,
     device: Device = None,
@@ -532,6 +539,8 @@ def hunt(
         attention_backend=attention_backend,
         cpu_offload=cpu_offload,
         output=output,
+        engine=engine,
+        workers=workers,
         options={
             "rounds": rounds,
             "per_round": per_round,
@@ -550,6 +559,47 @@ def hunt(
     )
     for path in run_search(search):
         typer.echo(path)
+
+
+@app.command()
+def demo(
+    model: Model = "builtin:icons-t2i",
+    dtype: Dtype = None,
+    device: Device = None,
+    variant: Variant = None,
+    revision: Revision = None,
+    lora: Lora = None,
+    attention_backend: Backend = None,
+    cpu_offload: Offload = False,
+    allow_model_choice: Annotated[
+        bool, typer.Option("--allow-model-choice", help="Visitors may load other models.", rich_help_panel=MODEL)
+    ] = False,
+    host: Annotated[
+        str, typer.Option(help="Who can reach it: 127.0.0.1 is this machine alone, 0.0.0.0 anybody.")
+    ] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(show_default="the first free one from 7860 on")] = None,
+    browser: Annotated[bool, typer.Option("--browser", help="Open the page.")] = False,
+    mcp: Annotated[
+        bool, typer.Option("--mcp", help="Serve the endpoints as tools of the Model Context Protocol too.")
+    ] = False,
+) -> None:
+    """Open the toolkit in a browser: draw boxes, choose heads, run files of requests. Needs `pip install 'attnctrl[demo]'`."""
+    from .demo.serve import serve
+    from .generate import Job
+
+    job = Job(
+        prompt="of the page",
+        model=model,
+        dtype=dtype,
+        device=device,
+        variant=variant,
+        revision=revision,
+        lora=lora,
+        attention_backend=attention_backend,
+        cpu_offload=cpu_offload,
+        output=Path(tempfile.gettempdir()),
+    )
+    serve(job, host, port, allow_model_choice, mcp, browser)
 
 
 @app.command(no_args_is_help=True)

@@ -1,0 +1,95 @@
+"""The page's own parts: a canvas for boxes, a grid of heads, a line that says what is going on; each `gr.HTML` with a script beside
+this file. Their values are plain data that the scripts write with textContent, never as HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ...errors import AttnCtrlError
+from ..sheet import PALETTE
+from .forms import Field
+
+
+HERE = Path(__file__).parent
+WRITTEN = {"heads": "3.5, 4.2:0.7 (layer.head:weight)", "layers": "3, 2:6, every:2, mid or all"}
+EMPTY = {"ratio": 1.0, "boxes": []}
+
+
+def part(name: str, value: Any, **options: Any) -> gr.HTML:
+    script, style = ((HERE / f"{name}.{ending}").read_text(encoding="utf-8") for ending in ("js", "css"))
+    return gr.HTML(value, html_template="", css_template=style, js_on_load=script, apply_default_css=False, **options)
+
+
+def canvas() -> gr.HTML:
+    """Value: {"ratio": width / height, "boxes": [{"name", "prompt", "color", "box": [left, top, right, bottom]}]}, fractions."""
+    return part("canvas", EMPTY, palette=list(PALETTE), elem_id="canvas")
+
+
+def head_grid() -> gr.HTML:
+    """Value: {"layers": [heads of layer 0, …], "heads": [[layer, head, weight], …]}."""
+    return part("heads", {"layers": [], "heads": []}, elem_id="heads")
+
+
+def status(**options: Any) -> gr.HTML:
+    """Value: what `say` returns."""
+    return part("status", say(""), **options)
+
+
+def say(text: str, done: int = 0, total: int = 0) -> dict[str, Any]:
+    return {"text": text, "done": done, "total": total}
+
+
+def boxes_of(value: Any) -> list[dict[str, Any]]:
+    """The canvas's boxes as regions of a request. Raises AttnCtrlError for a box without a prompt."""
+    boxes = value.get("boxes") if isinstance(value, dict) else None
+    if not isinstance(boxes, list) or not all(isinstance(box, dict) for box in boxes):
+        raise AttnCtrlError("the canvas holds no list of boxes\nHINT: reload the page")
+    for number, box in enumerate(boxes, 1):
+        if not str(box.get("prompt") or "").strip():
+            raise AttnCtrlError(
+                f"{box.get('name') or f'Box {number}'} has no prompt\nHINT: say what it shows, or delete it"
+            )
+    return [{"prompt": str(box["prompt"]).strip(), "box": box.get("box")} for box in boxes]
+
+
+def boxes_from(regions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Regions of a request as boxes of the canvas. Raises AttnCtrlError for what is no box."""
+    boxes = []
+    for number, region in enumerate(regions):
+        if region.get("box") is None or region.get("strength", 1) != 1:
+            raise AttnCtrlError(
+                "the picture has a region with a mask or a strength, which the canvas cannot draw\n"
+                "HINT: attnctrl generate --from PICTURE makes it again"
+            )
+        boxes.append(
+            {
+                "name": "",
+                "prompt": region["prompt"],
+                "color": PALETTE[number % len(PALETTE)],
+                "box": list(region["box"]),
+            }
+        )
+    return boxes
+
+
+def widget(field: Field, preset: Any = None) -> Any:
+    """The component of a form's field. `preset`: another start value than the control's default."""
+    value = field.default if preset is None else preset
+    label = field.name.replace("_", " ").capitalize() + (" *" if field.needed else "")
+    about = field.brief
+    if field.kind == "switch":
+        return gr.Checkbox(value, label=label, info=about)
+    if field.kind == "choice":
+        return gr.Dropdown(list(field.choices), value=value, label=label, info=about)
+    if field.kind == "fraction":
+        return gr.Slider(0, 1, value, step=0.05, label=label, info=about)
+    if field.kind in ("whole", "number") and isinstance(value, (int, float)):
+        return gr.Number(value, precision=0 if field.kind == "whole" else None, label=label, info=about)
+    written = WRITTEN.get(field.name)
+    return gr.Textbox(
+        str(value or ""), label=label, info=None if written else about, placeholder=written, max_length=2000
+    )

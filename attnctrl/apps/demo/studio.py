@@ -1,0 +1,271 @@
+"""The loaded model of the demo and the one thread that owns it: pictures in the order in which they were asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Event, Lock
+from typing import Any
+
+from PIL import Image
+
+from ..._quiet import quiet_imports
+from ...errors import AttnCtrlError
+from ...icons.models import PREFIX
+from ..batch.pictures import encode
+from ..batch.request import Request
+from ..generate import Job, call_arguments, picture_facts, sample
+
+
+EVERY = 0.3  # seconds between two previews
+SMALL = 32  # latents of a preview: larger ones are averaged down before they are decoded
+
+
+class Stopped(Exception):
+    """Somebody pressed Stop."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of the picture that forms. `preview` is None between two previews."""
+
+    title: str
+    done: int
+    total: int
+    preview: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A finished picture. `file` is a PNG with its whole request."""
+
+    title: str
+    file: Path
+    image: Image.Image
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is loaded. `layers`: heads of every layer that has a number. `size`: (width, height) of its pictures."""
+
+    job: Job
+    pipeline: Any
+    made: dict[str, Any]
+    layers: tuple[int, ...]
+    size: tuple[int, int]
+
+    @property
+    def absent(self) -> dict[str, None]:
+        """Parts that the pipeline was saved without and that diffusers asks for by name."""
+        from ..loading import absent_parts
+
+        optional = getattr(self.pipeline, "_optional_components", ())
+        return {name: None for name in absent_parts(dict(self.pipeline.config)) if name not in optional}
+
+
+@dataclass
+class Visitor:
+    """One open page or client: its pictures, and what its Stop button sets."""
+
+    folder: Path
+    stop: Event
+
+    def begin(self) -> Event:
+        """A new Stop for new work."""
+        self.stop = Event()
+        return self.stop
+
+
+class Studio:
+    """A model and its visitors.
+
+    Args:
+        job: model, device and the like; what it draws is not used.
+        may_choose: visitors may load other models.
+    """
+
+    def __init__(self, job: Job, may_choose: bool = False):
+        self.may_choose = may_choose
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="attnctrl-demo")
+        self._lock = Lock()
+        self._visitors: dict[str, Visitor] = {}
+        self._root = Path(tempfile.mkdtemp(prefix="attnctrl-demo-"))
+        self._loaded = self._worker.submit(_load, job)
+
+    @property
+    def model(self) -> Model:
+        """Waits until it is there. Raises what went wrong."""
+        return self._loaded.result()
+
+    def choose(self, name: str) -> Model:
+        """Loads another model for everybody; the old one stays where that fails."""
+        name = name.strip()
+        if not self.may_choose:
+            raise AttnCtrlError(
+                "the model was fixed when this demo was started\nHINT: attnctrl demo --allow-model-choice"
+            )
+        if not name.startswith(PREFIX) and Path(name).expanduser().exists():
+            raise AttnCtrlError("folders are not opened from here\nHINT: a built-in model or a hub id")
+        job = dataclasses.replace(self.model.job, model=name, revision=None, variant=None, lora=None)
+        loading = self._worker.submit(_load, job)
+        loading.result()
+        self._loaded = loading
+        return self.model
+
+    def visitor(self, key: str | None) -> Visitor:
+        with self._lock:
+            if key not in self._visitors:
+                self._visitors[key] = Visitor(Path(tempfile.mkdtemp(dir=self._root)), Event())
+            return self._visitors[key]
+
+    def stop(self, key: str | None) -> None:
+        """Ends what a visitor is waiting for, at the next step."""
+        self.visitor(key).stop.set()
+
+    def forget(self, key: str | None) -> None:
+        """Ends what a visitor is waiting for, and removes its pictures."""
+        with self._lock:
+            visitor = self._visitors.pop(key, None)
+        if visitor is not None:
+            visitor.stop.set()
+            shutil.rmtree(visitor.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        for key in list(self._visitors):
+            self.forget(key)
+        self._worker.shutdown(cancel_futures=True)
+        shutil.rmtree(self._root, ignore_errors=True)
+
+    def job(self, request: Request) -> Job:
+        """The model's job for a request. Built-in models have no long text encoder: one token of it is enough."""
+        model, asked = self.model.job, request.job_arguments()
+        if asked["max_sequence_length"] is None and model.model.startswith(PREFIX):
+            asked["max_sequence_length"] = 1
+        return dataclasses.replace(model, **asked, seed=request.seed)
+
+    def refuse(self, request: Request) -> None:
+        """Raises AttnCtrlError where the model cannot serve a request, as far as it can be told without a picture."""
+        self._worker.submit(self._check, request).result()
+
+    def draw(
+        self, asked: Sequence[tuple[str, Request]], folder: Path, stop: Event, previews: bool = False
+    ) -> Iterator[Step | Picture]:
+        """Makes one picture for each (title, request), with files below `folder`. Raises Stopped after `stop` was set."""
+        try:
+            for title, request in asked:
+                told: SimpleQueue[Step | None] = SimpleQueue()
+                making = self._worker.submit(self._make, title, request, folder, stop, told.put, previews)
+                making.add_done_callback(lambda _, told=told: told.put(None))
+                while (step := told.get()) is not None:
+                    yield step
+                yield making.result()
+        except GeneratorExit:  # the page is gone, or Stop was pressed
+            stop.set()
+            raise
+
+    def _check(self, request: Request) -> None:
+        with quiet_imports():
+            from ...processors import Session
+        Session(self.model.pipeline, *request.make_controls())
+        call_arguments(self.job(request), self.model.pipeline)
+
+    def _make(
+        self,
+        title: str,
+        request: Request,
+        folder: Path,
+        stop: Event,
+        tell: Callable[[Step], None],
+        previews: bool,
+    ) -> Picture:
+        from ...processors import Session
+
+        if stop.is_set():
+            raise Stopped
+        model, job, controls = self.model, self.job(request), request.make_controls()
+        arguments = call_arguments(job, model.pipeline)
+        tell(Step(title, 0, job.steps))
+        known = inspect.signature(model.pipeline.__call__).parameters
+        watch = _Watch(title, job.steps, stop, tell, previews)
+        arguments |= {"callback_on_step_end": watch} if "callback_on_step_end" in known else {}
+        with Session(model.pipeline, *controls) if controls else nullcontext():
+            image = sample(model.pipeline, arguments, [job.seed], None)[0]
+        facts = {**job.request(controls, model.made), **picture_facts(image, job.seed, 0, 1)}
+        file = Path(tempfile.mkdtemp(dir=folder)) / f"{job.stem(facts)}-{job.seed}.png"
+        file.write_bytes(encode(image, "png", facts))
+        return Picture(title, file, image, facts)
+
+
+class _Watch:
+    """diffusers' callback after a step: tells how far the picture is, shows it now and then, and ends it when Stop was pressed."""
+
+    def __init__(self, title: str, steps: int, stop: Event, tell: Callable[[Step], None], previews: bool):
+        self.title, self.steps, self.stop, self.tell, self.previews = title, steps, stop, tell, previews
+        self.before: tuple[Any, float] | None = None
+        self.shown = time.monotonic()
+
+    def __call__(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if self.stop.is_set():
+            raise Stopped
+        preview = None
+        clean = self._clean(pipeline, step, tensors.get("latents")) if self.previews else None
+        if clean is not None and step + 1 < self.steps and time.monotonic() - self.shown >= EVERY:
+            preview = _decode(pipeline, clean)
+            self.shown = time.monotonic()
+        self.tell(Step(self.title, step + 1, self.steps, preview))
+        return {}
+
+    def _clean(self, pipeline: Any, step: int, latents: Any) -> Any:
+        """Where the last step points to, x − σ·dx/dσ, for Euler schedulers; (1, C, H, W). None for what cannot be shown."""
+        if latents is None or latents.ndim != 4:
+            return None
+        sigmas = getattr(pipeline.scheduler, "sigmas", None)
+        if "Euler" not in type(pipeline.scheduler).__name__ or sigmas is None or step + 1 >= len(sigmas):
+            return latents
+        before, sigma = self.before, float(sigmas[step + 1])
+        self.before = latents, sigma
+        if before is None or before[1] == sigma:
+            return latents
+        return latents - sigma * (latents - before[0]) / (sigma - before[1])
+
+
+def _decode(pipeline: Any, latents: Any) -> Image.Image | None:
+    """A small picture of latents, (1, C, H, W)."""
+    import torch
+    from torch.nn import functional as F
+
+    vae = getattr(pipeline, "vae", None)
+    scaling, shift = (
+        (getattr(vae.config, name, None) for name in ("scaling_factor", "shift_factor")) if vae else (None, None)
+    )
+    if scaling is None or latents.shape[1] != vae.config.latent_channels:
+        return None
+    side = min(SMALL / max(latents.shape[-2:]), 1)
+    latents = latents if side == 1 else F.interpolate(latents, scale_factor=side, mode="area")
+    with torch.no_grad():
+        pixels = vae.decode(latents.to(vae.dtype) / scaling + (shift or 0), return_dict=False)[0]
+    return pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
+
+
+def _load(job: Job) -> Model:
+    with quiet_imports():
+        from ...families import find_family
+        from ..loading import denoiser, load_pipeline
+
+    pipeline, made = load_pipeline(job)
+    core = denoiser(pipeline)
+    layers = {site.layer: site.heads for site in find_family(core).sites(core) if site.primary}
+    factor = getattr(pipeline, "vae_scale_factor", 8)
+    side = getattr(core.config, "sample_size", None) or getattr(pipeline, "default_sample_size", 128)
+    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    return Model(job, pipeline, made, tuple(layers[n] for n in sorted(layers)), (width * factor, height * factor))

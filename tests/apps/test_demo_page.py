@@ -1,0 +1,247 @@
+"""The demo in a browser: Chromium, driven by Playwright, on the built-in model; and many clients at once."""
+
+import json
+import re
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from attnctrl.apps.batch.pictures import read_request
+from attnctrl.apps.generate import Job
+from attnctrl.heads import HeadSet
+from attnctrl.icons.models import builtin_models
+
+from .test_demo import bomb
+
+
+gradio_client = pytest.importorskip("gradio_client", reason="the demo needs gradio")
+playwright = pytest.importorskip("playwright.sync_api", reason="driving a browser needs playwright")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+MODEL = "icons-t2i"
+pytestmark = pytest.mark.skipif(MODEL not in builtin_models(), reason="the built-in model is not there")
+WAIT = 60_000  # ms
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """(address, studio) of a running demo."""
+    from attnctrl.apps.demo.serve import serve
+
+    limit = Image.MAX_IMAGE_PIXELS
+    blocks, studio = serve(Job(prompt="of the page", model=f"builtin:{MODEL}", device="cpu"), wait=False)
+    yield blocks.local_url, studio
+    blocks.close()
+    studio.close()
+    Image.MAX_IMAGE_PIXELS = limit
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(server, browser):
+    with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
+        yield arrive(context.new_page(), server[0])
+
+
+def arrive(page, address):
+    page.errors = []
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.goto(address)
+    page.get_by_text("8 layers").wait_for(timeout=WAIT)
+    return page
+
+
+def drag(page, start, end):
+    """Drags on the canvas between two points, in fractions."""
+    page.locator("#canvas .stage").scroll_into_view_if_needed()
+    area = page.locator("#canvas .stage").bounding_box()
+    points = [(area["x"] + x * area["width"], area["y"] + y * area["height"]) for x, y in (start, end)]
+    page.mouse.move(*points[0])
+    page.mouse.down()
+    page.mouse.move(*points[1], steps=4)
+    page.mouse.up()
+
+
+def settings(page, **values):
+    """Types numbers into the page's settings."""
+    page.get_by_role("button", name="Settings", exact=False).first.click()
+    for name, value in values.items():
+        field = page.locator(f"#{name} input[type=number]")
+        field.fill(str(value))
+        field.press("Tab")
+
+
+def until(page, tab, text):
+    page.wait_for_function(
+        "([id, text]) => document.querySelector(id).innerText.includes(text)",
+        arg=[f"#{tab}-status", text],
+        timeout=WAIT,
+    )
+
+
+def pictures(page, place, folder):
+    """(request, picture) of every picture in a place of the page. Their files go to a folder."""
+    page.locator(f"{place} img").first.wait_for(timeout=WAIT)
+    found = []
+    for source in dict.fromkeys(image.get_attribute("src") for image in page.locator(f"{place} img").all()):
+        file = folder / f"{place[1:]}-{len(found)}{Path(source).suffix}"
+        file.write_bytes(page.request.get(source).body())
+        found.append((read_request(file), Image.open(file)))
+    return found
+
+
+def test_boxes_drawn_with_the_mouse_become_regions(page, tmp_path):
+    from attnctrl.evaluate.icons import IconJudge, in_box
+
+    drag(page, (0.02, 0.1), (0.48, 0.9))
+    page.keyboard.type("a red cat")
+    drag(page, (0.52, 0.1), (0.98, 0.9))
+    page.keyboard.type("a blue car")
+    drag(page, (0.75, 0.5), (0.77, 0.55))  # moves the second box
+    settings(page, steps=12, seed=1)
+    page.locator("#compose-draw").click()
+    until(page, "compose", "Done")
+    (plain, _), (controlled, picture) = pictures(page, "#compose-slider", tmp_path)
+    assert plain["controls"] == [] and plain["seed"] == controlled["seed"] == 1
+    (control,) = controlled["controls"]
+    assert [region["prompt"] for region in control["regions"]] == ["a red cat", "a blue car"]
+    assert control["stop"] == 0.3
+    boxes = [region["box"] for region in control["regions"]]
+    assert np.allclose(boxes, [(0.02, 0.1, 0.48, 0.9), (0.54, 0.15, 1.0, 0.95)], atol=0.02)
+    halves = {("cat", "red"): (0, 0, 64, 128), ("car", "blue"): (64, 0, 128, 128)}
+    read = [(found.noun, found.color, found) for found in IconJudge().read(picture)]
+    assert any(in_box(found, halves[noun, color]) for noun, color, found in read if (noun, color) in halves), read
+    assert len(pictures(page, "#gallery", tmp_path)) >= 2
+
+    page.locator("#prompt textarea").fill("something else")
+    page.get_by_test_id("Open a picture of attnctrl-upload-button").set_input_files(tmp_path / "compose-slider-1.png")
+    until(page, "compose", "Opened compose-slider-1.png")
+    assert page.locator("#prompt textarea").input_value() == "a red cat and a blue car"
+    assert page.get_by_label("Prompt of box 2").input_value() == "a blue car"
+
+    undo = page.locator("#canvas").get_by_role("button", name="Undo")
+    undo.click()  # the move
+    undo.click()  # the second prompt
+    assert page.get_by_label("Prompt of box 2").input_value() == ""
+    page.locator("#canvas .box").nth(0).focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Delete")
+    assert page.locator("#canvas .box").count() == 1
+    page.locator("#compose-draw").click()
+    page.get_by_text("Box 1 has no prompt").first.wait_for(timeout=WAIT)
+    assert page.errors == []
+
+
+def test_heads_are_chosen_and_drawn(page, tmp_path):
+    page.get_by_role("tab", name="Heads").click()
+    page.locator('#heads [data-key="4.1"]').click()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Space")
+    assert page.locator('#heads .head[aria-pressed="true"]').count() == 2
+    settings(page, steps=2)
+    page.locator("#strengths input, #strengths textarea").first.fill("0, 1")
+    page.locator("#draw-strip").click()
+    until(page, "heads", "Done")
+    facts = [request["controls"][0] for request, _ in pictures(page, "#strip", tmp_path)]
+    assert {(control["strength"], str(control["heads"])) for control in facts} == {
+        (strength, "[[4, 1, 1.0], [4, 2, 1.0]]") for strength in (0, 1)
+    }
+    with page.expect_download() as download:
+        page.locator("#save-heads").click()
+    download.value.save_as(tmp_path / "head_set.json")
+    assert str(HeadSet.parse(tmp_path / "head_set.json")) == "4.1,4.2"
+    (tmp_path / "own.json").write_text(json.dumps({"heads": [[0, 0], [2, 3, 0.5]]}))
+    page.get_by_test_id("Load head set-upload-button").set_input_files(tmp_path / "own.json")
+    page.get_by_text("2 chosen: 0.0, 2.3").wait_for(timeout=WAIT)
+    page.get_by_role("button", name="Use in Compose").click()
+    until(page, "heads", "SoftPAG in Compose")
+    page.get_by_role("tab", name="Compose").click()
+    page.wait_for_function("[...document.querySelectorAll('input, textarea')].some(n => n.value == '0.0,2.3:0.5')")
+    assert page.errors == []
+
+
+def test_long_work_is_stopped(page):
+    settings(page, steps=150)
+    page.locator("#compose-draw").click()
+    until(page, "compose", "step")
+    page.locator("#compose-stop").click()
+    until(page, "compose", "Stopped")
+    began = time.monotonic()
+    page.locator("#steps input[type=number]").fill("1")
+    page.locator("#steps input[type=number]").press("Tab")
+    page.locator("#compose-draw").click()
+    until(page, "compose", "Done")
+    assert time.monotonic() - began < 15  # the long picture does not hold the model
+
+
+def test_bad_uploads_are_told_in_the_page(page, tmp_path):
+    (tmp_path / "bomb.png").write_bytes(bomb(60_000))
+    page.get_by_test_id("Open a picture of attnctrl-upload-button").set_input_files(tmp_path / "bomb.png")
+    page.get_by_text(re.compile("bomb.png' has more than")).first.wait_for(timeout=WAIT)
+    page.get_by_role("tab", name="Batch").click()
+    (tmp_path / "rows.jsonl").write_text('{"id": "../a", "prompt": "a cat"}\n{"id": "b"}\n')
+    page.locator("#requests input").set_input_files(tmp_path / "rows.jsonl")
+    page.wait_for_function("document.querySelector('#problems textarea').value.includes('line 2')", timeout=WAIT)
+    assert "leaves the output folder" in page.locator("#problems textarea").input_value()
+    assert page.errors == []
+
+
+def test_requests_file_comes_back_as_archive(page, tmp_path):
+    page.get_by_role("tab", name="Batch").click()
+    rows = [{"id": "a", "prompt": "a red cat", "steps": 1}, {"id": "b", "prompt": "a blue car", "steps": 1}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    page.locator("#requests input").set_input_files(tmp_path / "rows.jsonl")
+    page.wait_for_function(
+        "document.querySelector('#problems textarea').value == '2 requests, 2 pictures'", timeout=WAIT
+    )
+    page.locator("#draw-all").click()
+    until(page, "batch", "Done")
+    with page.expect_download() as download:
+        page.locator("#archive").click()
+    shutil.unpack_archive(download.value.path(), tmp_path / "out", format="zip")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.png", "b.png", "results.jsonl"]
+    assert read_request(tmp_path / "out" / "b.png")["prompt"] == "a blue car"
+
+
+def test_phone_needs_no_sideways_scrolling(server, browser):
+    with browser.new_context(viewport={"width": 390, "height": 844}, color_scheme="dark", has_touch=True) as context:
+        page = arrive(context.new_page(), server[0])
+        for tab in ("Compose", "Heads", "Batch"):
+            page.get_by_role("tab", name=tab).click()
+            page.wait_for_timeout(300)
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
+
+
+def test_parallel_clients_get_the_pictures_of_their_own_seeds(server):
+    address, studio = server
+
+    def ask(seed):
+        client = gradio_client.Client(address, verbose=False)
+        return client.predict(prompt="a red cat", seed=seed, steps=1, api_name="/generate")
+
+    with ThreadPoolExecutor(8) as pool:
+        files = list(pool.map(ask, range(8)))
+    assert [read_request(file)["seed"] for file in files] == list(range(8))
+    arrays = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    assert np.array_equal(arrays[5], np.asarray(Image.open(ask(5)).convert("RGB")))
+    assert len({array.tobytes() for array in arrays}) == 8
+
+
+def test_client_gets_an_error_it_can_read(server):
+    client = gradio_client.Client(server[0], verbose=False)
+    with pytest.raises(Exception, match="has no box of four numbers; files are not read here"):
+        client.predict(prompt="a cat", regions=["a cat@/etc/passwd"], api_name="/generate")
+    assert client.predict(api_name="/model")["heads"] == [8] * 8
