@@ -20,20 +20,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL.Image import DecompressionBombError
-
 from ..errors import AttnCtrlError
 from ..icons.models import resolve_model
-from .metadata import mask_from_text, mask_to_text, save_image
+from ..requests import EARLY as EARLY
+from ..requests import describe
+from ..requests import restore as restore
+from .metadata import places_text, save_image
 
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from ..controls import Control
-    from ..regions import Region
 
-EARLY = 0.3  # share of the steps that isolated regions rule unless asked otherwise; the paper recommends 5 to 10 of 24
 VERSIONED = ("torch", "diffusers", "transformers", "numpy", "pillow")
 _MAX_SEED = 2**63 - 1
 
@@ -327,59 +326,6 @@ def sample(pipeline: Any, arguments: dict[str, Any], seeds: Sequence[int], bar: 
     return images
 
 
-def describe(control: Control) -> dict[str, Any]:
-    """A control with all its arguments as JSON. A region's mask is stored whole."""
-    from ..controls.spec import plain_value
-
-    facts: dict[str, Any] = {"control": control.name}
-    for name in control.__dataclass_fields__:
-        value = getattr(control, name)
-        facts[name] = [_region(region) for region in value] if name == "regions" else plain_value(value)
-    return facts
-
-
-def restore(facts: dict[str, Any]) -> Control:
-    """The control that `describe` described, or one that a request describes like that."""
-    from .._quiet import quiet_imports
-
-    with quiet_imports():
-        from ..controls.spec import control_types, make_control
-
-    arguments = {key: value for key, value in facts.items() if key != "control"}
-    kind = control_types().get(facts["control"])
-    for name, known in kind.__dataclass_fields__.items() if kind else ():
-        if arguments.get(name) in ("inf", "-inf") and "float" in str(known.type):
-            arguments[name] = float(arguments[name])
-    if "regions" in arguments:
-        arguments["regions"] = [
-            item if isinstance(item, str) else _restore_region(item) for item in arguments["regions"]
-        ]
-    return make_control(facts["control"], arguments)
-
-
-def _restore_region(facts: dict[str, Any]) -> Region:
-    from ..regions import Region
-
-    arguments = {key: value for key, value in facts.items() if key != "mask_png"}
-    if facts.get("mask_png") is not None:
-        try:
-            arguments["mask"] = mask_from_text(facts["mask_png"])
-        except (OSError, ValueError, SyntaxError, DecompressionBombError) as error:
-            raise AttnCtrlError(f"region {facts.get('prompt')!r}: mask_png is no picture: {error}") from None
-    return Region(**arguments)
-
-
-def _region(region: Region) -> dict[str, Any]:
-    facts: dict[str, Any] = {name: getattr(region, name) for name in ("prompt", "strength", "downsample", "feather")}
-    if region.box is not None:
-        return {**facts, "box": list(region.box)}
-    from PIL import Image
-
-    name = Path(region.mask).name if isinstance(region.mask, (str, os.PathLike)) else "mask"
-    pixels = region.pixels.mul(255).round().byte().numpy()
-    return {**facts, "mask": name, "mask_png": mask_to_text(Image.fromarray(pixels))}
-
-
 def settings_text(request: dict[str, Any]) -> str:
     """The settings in one sentence, for the contact sheet."""
     parts = [f"{request['model']}", f"{request['steps']} steps", f"guidance {request['guidance_scale']:g}"]
@@ -394,7 +340,8 @@ def settings_text(request: dict[str, Any]) -> str:
             )
         else:
             hidden = ("control", "start", "stop")
-            facts = ", ".join(f"{k} {_short(v)}" for k, v in control.items() if k not in hidden and v is not None)
+            told = {k: v for k, v in control.items() if k not in hidden and v is not None}
+            facts = ", ".join(f"{k} {places_text(v) if k == 'subjects' else _short(v)}" for k, v in told.items())
         window = (
             ""
             if (control.get("start", 0), control.get("stop", 1)) == (0, 1)

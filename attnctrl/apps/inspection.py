@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from .._quiet import quiet_imports
 from ..errors import AttnCtrlError
 from ..icons.models import resolve_model
-from .loading import one_line, quiet_loading
+from ..loading import one_line, quiet_loading
 
 
 HEADINGS = ("layer", "path", "kind", "heads", "streams")
@@ -43,7 +42,7 @@ def inspect_model(model: str, revision: str | None = None) -> str:
         try:
             if reason := reasons.get(name, reasons.get("*")):
                 raise AttnCtrlError(reason)
-            control = _example(kind, sites)
+            control = kind.example(sites)
             places = len(control.touches(sites)) + len(control.touches_blocks(family.blocks(skeleton)))
             if control.regions_in_use() and family.encode is None:
                 raise AttnCtrlError("this family's text cannot be appended to yet")
@@ -51,19 +50,6 @@ def inspect_model(model: str, revision: str | None = None) -> str:
         except AttnCtrlError as error:
             lines.append(f"  {name}: no: {str(error).splitlines()[0]}")
     return "\n".join(lines)
-
-
-def _example(kind: type, sites: list) -> Any:
-    """The control at as many places as it can have: every layer, or every head."""
-    names = kind.__dataclass_fields__
-    everything: dict[str, Any] = {}
-    if "heads" in names and "layers" not in names:
-        everything["heads"] = [(site.layer, head) for site in sites if site.primary for head in range(site.heads)]
-    elif "layers" in names and names["layers"].default is dataclasses.MISSING:
-        everything["layers"] = [site.layer for site in sites if site.primary]
-    if "regions" in names:
-        everything["regions"] = ["region@0,0,1,1"]
-    return kind(**everything)
 
 
 def _skeleton(folder: str, revision: str | None) -> tuple[Any, str]:

@@ -6,8 +6,6 @@ for people and for tools that read the line of AUTOMATIC1111's web interface.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 from pathlib import Path
@@ -16,6 +14,8 @@ from typing import Any
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from ..errors import AttnCtrlError
+from ..requests import mask_from_text as mask_from_text
+from ..requests import mask_to_text as mask_to_text
 
 
 FORMAT_VERSION = 1
@@ -89,16 +89,12 @@ def read_request(path: str | os.PathLike) -> dict[str, Any]:
     return request
 
 
-def mask_to_text(mask: Image.Image) -> str:
-    """A mask as base64 of an 8-bit PNG, so that a request is whole without the mask's file."""
-    buffer = io.BytesIO()
-    mask.convert("L").save(buffer, format="PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def mask_from_text(text: str) -> Image.Image:
-    with Image.open(io.BytesIO(base64.b64decode(text))) as image:
-        return image.convert("L")
+def places_text(places: Any, between: str = "; ") -> str:
+    """Regions as requests hold them, or lists of them, in short: ``a cat@0,0,0.5,1; a dog@mask.png``."""
+    if isinstance(places, dict):
+        where = ",".join(f"{side:g}" for side in places["box"]) if places.get("box") else places.get("mask")
+        return f"{places['prompt']}@{where}"
+    return between.join(places_text(item, " + ") for item in places)
 
 
 def _quoted(value: Any) -> str:
@@ -113,11 +109,8 @@ def _summary(control: dict[str, Any]) -> str:
     for name, value in control.items():
         if name == "control" or value is None:
             continue
-        if name == "regions":
-            value = "; ".join(
-                f"{r['prompt']}@{','.join(f'{side:g}' for side in r['box']) if r.get('box') else r.get('mask')}"
-                for r in value
-            )
+        if name in ("regions", "subjects"):
+            value = places_text(value)
         elif name == "heads" and isinstance(value, list):
             value = " ".join(
                 f"{layer}.{head}" + ("" if weight == 1 else f":{weight:g}") for layer, head, weight in value

@@ -8,15 +8,24 @@ from attnctrl.attention import groups
 from attnctrl.attention.blocks import Inputs, exact
 from attnctrl.attention.dispatch import attend
 from attnctrl.attention.groups import take
-from attnctrl.attention.plan import Watch
+from attnctrl.attention.plan import Plan, Watch
 from attnctrl.errors import AttnCtrlError
+
+
+PAIRS = "the model masks pairs of tokens, under which no probabilities are recorded"
+
+
+def check_watches(plan: Plan) -> None:
+    """Raises if a plan is to look under a mask that tells query rows apart."""
+    if plan.mask is not None and plan.key_bias is None and any(isinstance(lerp, Watch) for lerp in plan.lerps):
+        raise AttnCtrlError(PAIRS)
 
 
 @torch.no_grad()
 def look(inputs: Inputs, watch: Watch) -> None:
     """Shows the watch exp(s_ij - lse_i), summed over each of its key sets."""
     if inputs.causal or (inputs.mask is not None and inputs.key_bias is None):
-        raise AttnCtrlError("the model masks pairs of tokens, under which no probabilities are recorded")
+        raise AttnCtrlError(PAIRS)
     n_k, wide = inputs.k.shape[2], exact(inputs.q)
     q = take(inputs.q, watch.queries)
     bias = inputs.key_bias

@@ -17,8 +17,7 @@ from ..attention.rows import FAR, PATTERN, Edits, Pattern, RowEdit, Tally
 from ..errors import AttnCtrlError
 from ..schedule import parse_layers
 from ..sites import Site
-from .language import LanguageControl, Model, Prompt, check_strength
-from .pasta import find_span
+from .language import LanguageControl, Model, Prompt, check_strength, find_span
 
 
 # (model type of the language model, hidden size, layers) -> saliency layer, edited layers, alpha

@@ -26,7 +26,7 @@ class Isolation(Control):
     """Image tokens of one subject do not see those of another, so that looks do not leak between them.
 
     Text and whatever else is in the sequence sees everything and is seen by all. Only attention among image tokens changes:
-    self-attention, and the image part of joint attention. Both halves of classifier-free guidance are edited where they share a batch.
+    self-attention, and the image part of joint attention. Both halves of classifier-free guidance are edited.
     Every group of tokens that see the same is one attention call without a mask, so it costs less than plain attention.
 
     Args:
@@ -50,6 +50,7 @@ class Isolation(Control):
     sigma: tuple[float, float] | None = None
 
     shapes = True
+    both = True
 
     def __post_init__(self) -> None:
         wrong = []
@@ -76,6 +77,10 @@ class Isolation(Control):
         if not isinstance(self.layers, (str, int, type(None))):
             object.__setattr__(self, "layers", tuple(self.layers))
         self.schedule
+
+    @property
+    def revision(self) -> int:
+        return self.subjects.revision if isinstance(self.subjects, SubjectMasks) else 0
 
     @property
     def schedule(self) -> Schedule:

@@ -240,6 +240,34 @@ def scaled(values: Tensor, by: Tensor | float) -> Tensor:
     return values[:, None] * (by.to(values) if isinstance(by, Tensor) else by)
 
 
+def find_span(tokenizer: Any, ids: Sequence[int], words: str) -> list[tuple[int, int]]:
+    """Token ranges (start, stop) of every occurrence of `words` in `ids`, each as short as it can be.
+
+    Works on the decoded text, so words may begin inside a token, and characters may be split over tokens. Ids below 0 match nothing.
+    Raises AttnCtrlError if the words do not occur.
+    """
+
+    def holds(start: int, stop: int) -> bool:
+        piece = list(ids[start:stop])
+        return min(piece, default=0) >= 0 and words in tokenizer.decode(piece)
+
+    width = 4 * len(words.encode()) + 8  # tokens that one occurrence may take, more than one for each byte
+    found: list[tuple[int, int]] = []
+    free = 0
+    for stop in range(1, len(ids) + 1):
+        start = max(free, stop - width)
+        if words and holds(start, stop):
+            while start + 1 < stop and holds(start + 1, stop):
+                start += 1
+            found.append((start, stop))
+            free = stop
+    if not found:
+        raise AttnCtrlError(
+            f"the words {words!r} are not in the prompt\nHINT: spelling and case are those of the text"
+        )
+    return found
+
+
 def check_strength(name: str, strength: float, wrong: Sequence[str] = ()) -> None:
     """Raises every reason why arguments are wrong."""
     found = [] if 0 <= strength <= 1 else [f"strength={strength} is not between 0 (off) and 1 (full)"]

@@ -17,7 +17,7 @@ from ..attention.rows import Bias, RowEdit
 from ..errors import AttnCtrlError
 from ..heads import HeadSet
 from ..sites import Site
-from .language import LanguageControl, Prompt, check_strength, per_head, scaled
+from .language import LanguageControl, Prompt, check_strength, find_span, per_head, scaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,34 +123,6 @@ class PASTA(LanguageControl):
             chosen = prompt.keys(outside, n_k, beyond=self.include_generated)
         bias = chosen.float() * (math.log(self.alpha) * self.strength)
         return (RowEdit(Bias(scaled(bias, by)), None, heads),)
-
-
-def find_span(tokenizer: Any, ids: Sequence[int], words: str) -> list[tuple[int, int]]:
-    """Token ranges (start, stop) of every occurrence of `words` in `ids`, each as short as it can be.
-
-    Works on the decoded text, so words may begin inside a token, and characters may be split over tokens. Ids below 0 match nothing.
-    Raises AttnCtrlError if the words do not occur.
-    """
-
-    def holds(start: int, stop: int) -> bool:
-        piece = list(ids[start:stop])
-        return min(piece, default=0) >= 0 and words in tokenizer.decode(piece)
-
-    width = 4 * len(words.encode()) + 8  # tokens that one occurrence may take, more than one for each byte
-    found: list[tuple[int, int]] = []
-    free = 0
-    for stop in range(1, len(ids) + 1):
-        start = max(free, stop - width)
-        if words and holds(start, stop):
-            while start + 1 < stop and holds(start + 1, stop):
-                start += 1
-            found.append((start, stop))
-            free = stop
-    if not found:
-        raise AttnCtrlError(
-            f"the words {words!r} are not in the prompt\nHINT: spelling and case are those of the text"
-        )
-    return found
 
 
 def _is_range(span: Any) -> bool:

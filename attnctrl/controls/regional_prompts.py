@@ -110,6 +110,10 @@ class RegionalPrompts(Control):
             raise AttnCtrlError(f"RegionalPrompts has no preset {name!r}\nHINT: {', '.join(PRESETS)}")
         return cls(regions, **{**PRESETS[name], **overrides})
 
+    @classmethod
+    def example(cls, sites: Sequence[Site]) -> RegionalPrompts:
+        return cls([Region("region", box=(0, 0, 1, 1))])
+
     @property
     def neutral(self) -> bool:
         return (

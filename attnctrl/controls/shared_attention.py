@@ -29,7 +29,7 @@ class SharedAttention(Control):
         out_b = attention(q_b, [k_b, k_a of the subject's tokens in every other image a], values likewise)
 
     Keys are gathered, nothing is masked. They keep the positions that they have in their own image. Conditional rows share with
-    conditional rows and unconditional ones with unconditional ones, where both halves are in a batch; text stays with its image.
+    conditional rows and unconditional ones with unconditional ones; text stays with its image.
 
     Args:
         subjects: what an image lends: None for all of its tokens; a list with one entry per image, each a `Region`, a box, a mask
@@ -58,6 +58,7 @@ class SharedAttention(Control):
     seed: int = 0
 
     shapes = True
+    both = True
 
     def __post_init__(self) -> None:
         wrong = []
@@ -99,6 +100,10 @@ class SharedAttention(Control):
         return cls(**{"dropout": 0.5, "layers": "34:", "start": 0.02} | options)
 
     @property
+    def revision(self) -> int:
+        return self.subjects.revision if isinstance(self.subjects, SubjectMasks) else 0
+
+    @property
     def schedule(self) -> Schedule:
         if isinstance(self.subjects, SubjectMasks):
             return self.subjects.after(self.start, self.stop, self.sigma)
@@ -116,6 +121,12 @@ class SharedAttention(Control):
         if not found:
             raise AttnCtrlError(f"SharedAttention: no attention among image tokens is in layers {self.layers!r}")
         return found
+
+    def check_images(self, count: int) -> None:
+        if count == 1:
+            raise AttnCtrlError(
+                "SharedAttention: there is one image, and no other to share with\nHINT: several prompts, or num_images_per_prompt=2"
+            )
 
     def edit(self, site: Site, tokens: Tokens, heads: torch.Tensor) -> Edit:
         image, every = tokens.span("image"), slice(0, tokens.length)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from ..errors import AttnCtrlError
 from ..regions import Region
 from ..schedule import Schedule, parse_layers
 from ..sites import Site, Tokens
-from .base import Control, Edit
+from .base import Control, Edit, Moment
 
 
 FLAT = 1e-4  # a map that varies by less than this share of its maximum shows nothing but rounding
@@ -30,26 +30,12 @@ FLAT = 1e-4  # a map that varies by less than this share of its maximum shows no
 
 @dataclass
 class _Record:
-    """Sums of maps by grid, {(rows, columns): (sum (B, S, rows, columns), number)}, and where the running picture is."""
+    """What was seen of a picture: sums of maps by grid, {(rows, columns): (sum (B, S, rows, columns), number)}."""
 
     sums: dict[tuple[int, int], tuple[torch.Tensor, int]] = field(default_factory=dict)
-    seen: set[str] = field(default_factory=set)  # sites, in the running call of the denoiser
-    last: float | None = None
+    seen: set[str] = field(default_factory=set)  # sites, in the running step
     regions: list[tuple[Region, ...]] | None = None  # handed out
-
-
-@dataclass(frozen=True)
-class _Window(Schedule):
-    """The window of a recorder, which hears of every call of the denoiser."""
-
-    heard: Callable[[float | None], None] = field(kw_only=True)
-
-    def active(self, fraction: float | None, sigma: float | None = None) -> bool:
-        self.heard(fraction)
-        return super().active(fraction, sigma)
-
-    def covers(self, steps: int, sigmas: Sequence[float] | None = None) -> int:
-        return Schedule(self.start, self.stop).covers(steps)  # only asks
+    revision: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +46,7 @@ class SubjectMasks(Control):
     layers and steps. The map of a phrase is blurred, brought to 0-1 and cut by Otsu's threshold; a token that several phrases
     claim goes to the one whose map is highest there, and specks are dropped. Every image of a batch has its own masks.
 
-    One object follows one picture (or batch) once another control uses its masks, which happens from `stop` on:
+    Other controls use its masks from `stop` on. The next picture (or batch) begins anew:
 
         masks = ac.SubjectMasks.in_prompt(["red cat", "dog"], prompt, pipe.tokenizer)
         with ac.attach(pipe, masks, ac.Isolation(masks)):
@@ -122,9 +108,13 @@ class SubjectMasks(Control):
         found = {phrase: phrase_tokens(phrase, prompt, tokenizer) for phrase in phrases}
         return cls({phrase: [offset + i for i in tokens] for phrase, tokens in found.items()}, **options)
 
+    @classmethod
+    def example(cls, sites: Sequence[Site]) -> SubjectMasks:
+        return cls({"subject": (0,)})
+
     @property
-    def schedule(self) -> Schedule:
-        return _Window(self.start, self.stop, heard=self._heard)
+    def revision(self) -> int:
+        return self._record.revision
 
     def after(self, start: float, stop: float, sigma: tuple[float, float] | None) -> Schedule:
         """The window of a control that uses the masks: it opens when they are known."""
@@ -160,22 +150,16 @@ class SubjectMasks(Control):
         keys = tuple(as_tokens(text.start + number for number in numbers) for numbers in self.phrases.values())
         return Edit(lerps=(Watch(image, keys, partial(self._see, site.path, tokens.grid)),))
 
-    def _heard(self, fraction: float | None) -> None:
-        """A call of the denoiser begins; steps that go back begin another picture."""
-        record = self._record
-        if fraction is not None and record.last is not None and fraction < record.last:
-            if record.regions is not None:
-                raise AttnCtrlError(
-                    "the masks of SubjectMasks were found in an earlier picture and are in use\n"
-                    "HINT: a new SubjectMasks, attached anew, for every picture"
-                )
+    def begin(self, moment: Moment) -> None:
+        if moment.first:
             self.clear()
-        record.last = fraction
-        record.seen.clear()
+        self._record.seen.clear()
 
     def _see(self, path: str, grid: tuple[int, int], mass: torch.Tensor) -> None:
         record = self._record
-        if path in record.seen:  # of a perturbed pass, which follows the plain one
+        if (
+            path in record.seen
+        ):  # by the plain pass of the step; this one is a perturbed pass, or a weak one of the pipeline's
             return
         record.seen.add(path)
         rows, columns = grid
@@ -191,6 +175,7 @@ class SubjectMasks(Control):
         """Forgets what was found."""
         self._record.sums.clear()
         self._record.regions = None
+        self._record.revision += 1
 
     def maps(self) -> torch.Tensor:
         """Mean probability that image tokens give to each phrase, (images, subjects, rows, columns), on the finest grid seen."""

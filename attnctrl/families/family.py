@@ -86,6 +86,8 @@ class Family:
         encode: (pipeline, prompts, text length, device) -> (R, T, C) text states of region prompts; None where prompts of their own
             cannot be appended to the text.
         text_ids: argument with one row of position ids per text token, (T, n), when text has ids.
+        image_ids: argument with the rotary positions of image tokens, (N, n) or (B, N, n) alike in all rows, frame, row and column
+            first; None where the model makes them itself.
         numbered_text: the last entry of a text token's ids is its number in the prompt; otherwise all are 0.
         text_mask: argument that masks text tokens, (B, T); appended prompts are added to it.
         trims: (text, its mask) arguments whose padding is cut off before prompts are appended, as masks count tokens.
@@ -115,6 +117,7 @@ class Family:
     grid: Callable[[dict[str, Any], nn.Module], tuple[int, ...]]
     encode: Callable[[Any, list[str], int, torch.device], torch.Tensor] | None = None
     text_ids: str | None = None
+    image_ids: str | None = None
     numbered_text: bool = False
     text_mask: str | None = None
     trims: tuple[tuple[str, str], ...] = ()

@@ -43,6 +43,7 @@ MOCHI = Family(
             "Isolation",
             "Reposition",
             "SharedAttention",
+            "SubjectMasks",
             "SubjectLayout",
             "KeywordScope",
             "HeadScale",

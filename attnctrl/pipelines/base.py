@@ -15,13 +15,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from .._quiet import quiet_imports
-from ..apps.generate import describe, restore
-from ..apps.loading import absent_parts, one_line
 from ..controls import Control
 from ..controls.spec import plain_value
 from ..errors import AttnCtrlError
 from ..icons.models import resolve_model
+from ..loading import absent_parts, one_line
 from ..processors import Session
+from ..requests import describe, restore
 
 
 FILE_NAME = "attnctrl_pipeline.json"

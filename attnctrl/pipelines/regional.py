@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from ..apps.generate import EARLY
 from ..controls import RegionalPrompts
 from ..controls.spec import make_control
 from ..errors import AttnCtrlError
 from ..processors import Session
 from ..regions import Region
+from ..requests import EARLY
 from .base import ControlledPipeline, joined, of_prompt
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..attention import Plan, record_kernels, with_mask
+from ..attention.watch import check_watches
 from ..controls.base import Control, Moment
 from ..errors import AttnCtrlError
 from ..families import Family
@@ -39,6 +40,8 @@ class Pass:
 
     def rows_of(self, control: Control) -> tuple[int, ...]:
         """Rows of this pass that a control is for."""
+        if control.both:
+            return tuple(range(self.batch))
         if control.branch == "cond":
             return self.cond
         return tuple(row for row in range(self.batch) if row not in self.cond)
@@ -61,8 +64,18 @@ class Passes:
     _chain: bool  # only the last output before the first perturbed unit matters
     _pass: Pass | None
     _plans: dict[tuple, list[Plan]]
+    _revisions: tuple[int, ...]  # of the controls, when these plans were made
     _masked: dict[tuple, tuple[torch.Tensor, list[Plan]]]
     notes: list[str]
+
+    def _begin(self, moment: Moment) -> None:
+        """Tells the controls that a step begins, and drops the plans if what they hold has changed."""
+        for control in self._strengths:
+            control.begin(moment)
+        revisions = tuple(control.revision for control in self._strengths)
+        if revisions != self._revisions:
+            self._plans.clear()
+            self._revisions = revisions
 
     def _new_pass(self, bound, active, cond, batch, regions, moment) -> Pass:
         bound = self.family.trim(bound) if regions else bound
@@ -78,7 +91,17 @@ class Passes:
     def _run(self, call: dict, now: Pass):
         """The denoiser, with a pass in force."""
         with self._refined_apart(now):
-            return self._run_whole(call, now)
+            return self._run_whole(self._moved(call, now), now)
+
+    def _moved(self, call: dict, now: Pass) -> dict:
+        """The call with the positions that controls want."""
+        name = self.family.image_ids
+        for control in (control for control in now.active if control.moves):
+            ids = call[name]
+            moved = control.edit_positions(ids[0] if ids.ndim == 3 else ids)
+            call = {**call, name: moved.expand(len(ids), -1, -1) if ids.ndim == 3 else moved}
+            self.hits[control][name] += 1
+        return call
 
     @contextmanager
     def _refined_apart(self, now: Pass):
@@ -263,7 +286,7 @@ class Passes:
             ends = list(accumulate((text, *now.regions)))
             names = ("text", *(f"region:{i}" for i in range(len(now.regions))))
             with self._named(controls, site):
-                grid = self._grid({"image": n_q}, now) if now.regions else now.grid
+                grid = self._grid({"image": n_q}, now) if any(c.shapes for c in controls) else now.grid
             tokens = Tokens(tuple(zip(names, (0, *ends), ends)), grid)
             fits = tokens.length == n_k
         else:
@@ -282,6 +305,8 @@ class Passes:
         if under not in self._masked:
             with self._named(controls, site):
                 masked = [with_mask(plan, pick_mask(mask, plan), n_q, n_k) for plan in self._plans[key]]
+                for plan in masked:
+                    check_watches(plan)
             self._masked[under] = (mask, masked)
         return self._masked[under][1]
 

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -87,14 +88,13 @@ class Session(Passes):
             self._check_family(control)
             touched, edited = control.touches(self.sites), control.touches_blocks(self.blocks)
             if not control.neutral:
-                if not touched and not edited:
+                if not touched and not edited and not control.moves:
                     raise AttnCtrlError(f"{control.name} matches no attention site of {self.family.name}")
                 self._strengths[control], self._edited[control] = touched, frozenset(edited)
-        shapers = [control.name for control in self._strengths if control.shapes]
-        if len(shapers) > 1:
-            raise AttnCtrlError(
-                f"{' and '.join(shapers)} both decide who attends to whom; give all regions to one of them"
-            )
+        for flag, does in (("shapes", "decide who attends to whom"), ("moves", "move reference pictures")):
+            same = [control.name for control in self._strengths if getattr(control, flag)]
+            if len(same) > 1:
+                raise AttnCtrlError(f"{' and '.join(same)} both {does}; give all regions to one of them")
         if combine == "joint":
             self._check_joint([control for control in controls if control.guides])
         self._units = self.family.run_order(model)
@@ -108,9 +108,12 @@ class Session(Passes):
         self.hits: dict[Control, Counter] = {control: Counter() for control in controls}
         self._pass: Pass | None = None
         self._plans: dict[tuple, list[Plan]] = {}
+        self._revisions: tuple[int, ...] = ()
         self._masked: dict[tuple, tuple[torch.Tensor, list[Plan]]] = {}
         self._texts: dict[tuple, list[torch.Tensor]] = {}
         self._step: tuple[int, int, float | None] | None = None
+        self._new_picture = True  # with the next step that `set_step` told
+        self._last: tuple[weakref.ref, int] | None = None  # timesteps of the pipeline's run, and the step
         self._context: str | None = None
         self._pending: tuple[weakref.ref, weakref.ref, torch.Tensor | None] | None = None
         self._processors: dict[str, tuple[Any, Any, ControlledAttnProcessor]] = {}
@@ -130,6 +133,11 @@ class Session(Passes):
         reasons = dict(self.family.refuses)
         if reason := reasons.get(control.name, reasons.get("*")):
             raise AttnCtrlError(f"{control.name} cannot work on {self.family.name}: {reason}")
+        if control.moves and self.family.image_ids is None:
+            raise AttnCtrlError(
+                f"{control.name} moves rotary positions, which {self.family.name} does not take as an argument\n"
+                "HINT: FLUX.1 Kontext, FLUX.2 and Chroma do"
+            )
         if self.family.encode is None and control.regions_in_use():
             raise AttnCtrlError(
                 f"{control.name} appends prompts to the text, which the family table of {self.family.name} does not know how to do"
@@ -225,7 +233,8 @@ class Session(Passes):
             self._gates.clear()
             _ATTACHED[self.model].remove(self)
             self._attached = False
-            self._pass = self._pending = None
+            self._pass = self._pending = self._last = None
+            self._new_picture = True
             self._plans.clear()
             self._masked.clear()
             self._texts.clear()
@@ -247,6 +256,8 @@ class Session(Passes):
         """For a bare denoiser: the next call is step `index` (from 0) of `steps`, at noise level `sigma`."""
         if not 0 <= index < steps:
             raise AttnCtrlError(f"step {index} of {steps}: steps count from 0")
+        if self._step is None or steps != self._step[1] or index < self._step[0] or steps == 1:
+            self._new_picture = True
         self._step = (index, steps, sigma)
 
     # -- one call of the denoiser ----------------------------------------------------------------------------------------
@@ -271,6 +282,8 @@ class Session(Passes):
         if self._repeats(bound):
             return self._second_call(bound, active, batch, moment)
         own_pass = bound.get("skip_layers") is not None  # a weak pass of the pipeline's own
+        if not own_pass:
+            self._begin(moment)
         mains = tuple(control for control in active if not control.guides)
         weights = {} if own_pass else {c: self._weight(c, moment) for c in active if c.guides}
         guides = tuple(control for control, weight in weights.items() if weight != 0)
@@ -283,6 +296,8 @@ class Session(Passes):
         self._check_images((*mains, *guides), len(cond))
         call, regions = self._with_regions(bound, mains)
         now = self._new_pass(bound, mains, cond, batch, regions, moment)
+        if own_pass:
+            now.left_out.update(block.path for block in self.blocks if block.layer in bound["skip_layers"])
         groups = [guides] if guides and self.combine == "joint" else [(control,) for control in guides]
         if groups:
             self._check_cache()
@@ -324,6 +339,7 @@ class Session(Passes):
                 raise AttnCtrlError(
                     f"{control.name} has head sets for {strength.shape[0]} images, this batch has {images}\nHINT: one set per image"
                 )
+            control.check_images(images)
 
     def _place(self, prediction: torch.Tensor, delta: torch.Tensor, cond: tuple[int, ...], cfg: bool) -> torch.Tensor:
         """The prediction with the guidance term where the pipeline's arithmetic brings it out unchanged.
@@ -358,7 +374,7 @@ class Session(Passes):
         (*_, delta), self._pending = self._pending, None
         self.calls["passes"] += 1
         self.calls["blocks"] += len(self.blocks)
-        mains = tuple(control for control in active if control.branch == "uncond")
+        mains = tuple(control for control in active if control.branch == "uncond" or control.both)
         now = self._new_pass(bound, mains, (), batch, (), moment)
         output = self._run(bound, now)
         return output if delta is None else _replace(output, add_to_all(_sample(output), delta))
@@ -393,8 +409,12 @@ class Session(Passes):
             if self._step is None:
                 return Moment()
             index, steps, sigma = self._step
-            return Moment(index, steps, index / steps, sigma)
+            first, self._new_picture = self._new_picture, False
+            return Moment(index, steps, index / steps, sigma, first)
         moment, sigmas = moment_of(self.pipeline, bound)
+        run, (known, last) = self.pipeline.scheduler.timesteps, self._last or (None, 0)
+        first = known is None or known() is not run or moment.step < last
+        self._last = (weakref.ref(run), moment.step)
         for control in self._strengths:
             if control.schedule.covers(moment.steps, sigmas) == 0:
                 levels = f", the noise levels are {sigmas[0]:.3g} to {sigmas[-1]:.3g}" if sigmas else ""
@@ -402,7 +422,7 @@ class Session(Passes):
                     f"{control.name}: the window {control.schedule} holds none of the {moment.steps} steps\n"
                     f"HINT: step i has the fraction i/{moment.steps}{levels}"
                 )
-        return moment
+        return replace(moment, first=first)
 
     def _with_regions(self, bound: dict, mains: tuple[Control, ...]) -> tuple[dict, tuple[int, ...]]:
         """The call with region prompts appended to its text, and their lengths."""
@@ -443,7 +463,8 @@ class Session(Passes):
                 continue
             hits = self.hits[control]
             sites, edited = len(self._strengths[control]), len(self._edited[control])
-            where = ", ".join(f"{count} {name}" for count, name in ((sites, "sites"), (edited, "blocks")) if count)
+            places = ((sites, "sites"), (edited, "blocks"), (int(control.moves), "table of positions"))
+            where = ", ".join(f"{count} {name}" for count, name in places if count)
             acted = f"acted {sum(hits.values())} times" if hits else "has not acted yet"
             lines.append(f"  {control.name}: {where}, {acted}")
         guides = [control for control in self._strengths if control.guides]

@@ -141,6 +141,20 @@ def test_the_request_is_in_the_picture(generate, attnctrl, tmp_path, model):
     assert perturbed["heads"] == [[1, 2, 0.5]] and (perturbed["scale"], perturbed["stop"]) == (2.0, 0.5)
 
 
+def test_isolated_subjects_are_in_the_picture(generate, attnctrl, tmp_path):
+    control = "Isolation(subjects=[(0, 0, 0.5, 1), (0.5, 0, 1, 1)], background='isolated')"
+    files = generate("--control", control, "--compare")
+    made = files["p-0.png"]
+    assert not np.array_equal(pixels(made), pixels(files["p-0-plain.png"]))
+    (told,) = read_request(made)["controls"]
+    assert [[region["box"] for region in one] for one in told["subjects"]] == [[[0, 0, 0.5, 1]], [[0.5, 0, 1, 1]]]
+    with Image.open(made) as image:
+        assert "subjects=subject 0@0,0,0.5,1; subject 1@0.5,0,1,1" in image.text["parameters"]
+    code, out, err = attnctrl("generate", "--from", made, "--output", tmp_path / "again")
+    assert code == 0, err
+    assert np.array_equal(pixels(out.strip()), pixels(made))
+
+
 def test_other_settings_get_other_names(attnctrl, model, tmp_path):
     lines = []
     for arguments in ((), ("--heads", "1.2"), ("--heads", "1.2")):
@@ -283,7 +297,8 @@ def test_inspect(attnctrl, model):
     assert code == 0 and "family sd3" in lines[0]
     assert lines[2].split() == ["layer", "path", "kind", "heads", "streams"]
     assert lines[4].split() == ["1", "transformer_blocks.1.attn", "joint", "4", "image", "+", "text"]
-    assert "  SoftPAG: yes, at up to 3 places" in lines and "  RegionalPrompts: yes, at up to 3 places" in lines
+    for name in ("SoftPAG", "RegionalPrompts", "Isolation", "SharedAttention", "SubjectMasks"):
+        assert f"  {name}: yes, at up to 3 places" in lines
     assert attnctrl("inspect", "./none/at/all")[0] == 2
 
 

@@ -79,11 +79,11 @@ def test_equals_dense_attention_over_the_batch(family, reference, mode, boxes, m
         assert (got - model(**inputs)[0]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name, parts", [("sd", 2), ("sd3", 2), ("flux", 1)])
+@pytest.mark.parametrize("name, parts", [("sd", 2), ("sd3", 2), ("flux", 1), ("flux, true CFG", 1)])
 def test_pipelines_share_within_each_half_of_guidance(name, parts):
     pipeline = PIPELINES[name]()
     boxes = BOXES[: pipeline.images]
-    with DenseAttention(formula(boxes, parts=parts, text_first=name == "flux")):
+    with DenseAttention(formula(boxes, parts=parts, text_first=name.startswith("flux"))):
         wanted = pipeline()
     with ac.attach(pipeline.pipe, ac.SharedAttention(boxes)):
         got = pipeline()
@@ -189,7 +189,7 @@ def test_presets_are_the_methods_of_the_table():
 def test_mistakes_are_named():
     model = tiny_sd3()
     for control, batch, message in (
-        (ac.SharedAttention(), 1, "(?s)SharedAttention on sd3.*no other rows"),
+        (ac.SharedAttention(), 1, "SharedAttention: there is one image.*\nHINT: several prompts"),
         (ac.SharedAttention(BOXES), 2, "lent tokens of 3 rows for a batch of 2"),
         (ac.SharedAttention([BOXES[0], (0, 0, 0.1, 0.1)]), 2, "'subject of image 1' covers no token"),
     ):

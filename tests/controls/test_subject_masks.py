@@ -212,20 +212,65 @@ def test_one_run_finds_masks_and_uses_them(tmp_path):
     again, _ = run(ac.Isolation([(region,) for region in masks.regions()], start=0.5))
     torch.testing.assert_close(isolated, again)
     assert not torch.allclose(isolated, before)
-    with pytest.raises(ac.AttnCtrlError, match="earlier picture and are in use\nHINT: a new SubjectMasks"):
-        run(masks, ac.Isolation(masks))
 
 
-def test_a_second_picture_begins_anew():
-    pipeline = PIPELINES["sd3"]()
-    masks = ac.SubjectMasks(PHRASES, stop=0.1)
-    with ac.attach(pipeline.pipe, masks):
-        pipeline()
-        first = masks.maps()
-        pipeline.where(prompt_embeds=pipeline.inputs["prompt_embeds"].roll(1, 1))()
-        assert not torch.allclose(masks.maps(), first)
-        pipeline()
-        assert torch.equal(masks.maps(), first)
+@pytest.mark.parametrize("name", ["sd3", "sd, Heun", "flux, true CFG"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_every_picture_begins_anew(name, steps):
+    """One session makes several pictures; each has the masks that it has with controls of its own."""
+    pipeline = PIPELINES[name]().where(num_inference_steps=steps)
+    runs = [pipeline, pipeline.where(prompt_embeds=pipeline.inputs["prompt_embeds"].roll(1, 1)), pipeline]
+
+    def controls():
+        masks = ac.SubjectMasks(PHRASES, stop=0.5 if steps > 1 else 1.0, blur=0.0, speck=0.0, exclusive=False)
+        return (masks, ac.Isolation(masks, background="isolated")) if steps > 1 else (masks,)
+
+    alone = []
+    for run in runs[:2]:
+        own = controls()
+        with ac.attach(run.pipe, *own):
+            alone.append((run(), own[0].maps()))
+    plain_pictures = [run() for run in runs[:2]]
+    masks, *users = controls()
+    with ac.attach(pipeline.pipe, masks, *users) as session:
+        for run, (picture, maps) in zip(runs, [*alone, alone[0]]):
+            assert torch.equal(run(), picture)
+            assert torch.equal(masks.maps(), maps)
+    assert not torch.allclose(alone[0][1], alone[1][1])
+    for (picture, _), before in zip(alone, plain_pictures):
+        assert torch.equal(picture, before) == (not users)
+    assert len(session._plans) <= 2 * len(session.sites), "plans of earlier pictures are dropped"
+
+
+def test_steps_of_a_bare_denoiser_begin_anew():
+    model, masks, found = tiny_sd3(), ac.SubjectMasks(PHRASES, stop=1.0), []
+    calls = [sd3_call(), sd3_call()]
+    calls[1]["encoder_hidden_states"] = calls[1]["encoder_hidden_states"].roll(1, 1)
+    with torch.no_grad(), ac.attach(model, masks) as session:
+        for step, steps, inputs in (
+            (0, 1, calls[0]),
+            (0, 1, calls[1]),
+            (0, 2, calls[0]),
+            (1, 2, calls[1]),
+            (0, 2, calls[1]),
+        ):
+            session.set_step(step, steps)
+            model(**inputs)
+            found.append(masks.maps())
+    torch.testing.assert_close(found[3], (found[0] + found[1]) / 2)
+    assert torch.equal(found[2], found[0]) and torch.equal(found[4], found[1])
+    assert not torch.allclose(found[0], found[1])
+
+
+def test_a_weak_pass_of_the_pipeline_is_not_recorded():
+    pipeline, found = PIPELINES["sd3"]().where(num_inference_steps=4), []
+    skipping = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+    for options in ({}, skipping):  # from the second step on, after what the latents of the second step come from
+        masks = ac.SubjectMasks(PHRASES, stop=0.5)
+        with ac.attach(pipeline.pipe, masks):
+            pipeline(**options)
+        found.append(masks.maps())
+    assert torch.equal(*found)
 
 
 def test_phrases_become_tokens(tmp_path):

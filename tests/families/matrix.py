@@ -25,6 +25,7 @@ HEADER = """# Families and controls
 
 Which control works on which model family. Written by `python -m tests.families.matrix`, which runs every control on a tiny random model of
 each real class: switched off it must leave the prediction bit for bit, on it must act and change it, and detaching must restore the model.
+SubjectMasks must act and change nothing.
 That SoftPAG changes the named head alone is tested apart, against a dense computation of the attention call. A dash refuses with the reason
 below the table.
 
@@ -50,6 +51,7 @@ class Trial:
     name: str
     make: Callable[[list[Site], list[Block]], Control]
     neutral: dict
+    changes: bool = True  # the prediction, when it is on
 
 
 def last(sites: list[Site]) -> int:
@@ -96,6 +98,13 @@ TRIALS = (
         lambda s, b: ac.RegionalPrompts([ac.Region("left", box=(0, 0, 0.5, 1))], isolate=False),
         {"strength": 0.0},
     ),
+    Trial(
+        "Isolation",
+        lambda s, b: ac.Isolation([(0, 0, 0.5, 1), (0.5, 0, 1, 1)]),
+        {"strength": 0.0},
+    ),
+    Trial("SharedAttention", lambda s, b: ac.SharedAttention(layers=[middle(s)]), {"strength": 0.0}),
+    Trial("SubjectMasks", lambda s, b: ac.SubjectMasks({"subject": [0]}, stop=1.0), {}, changes=False),
 )
 
 
@@ -124,7 +133,8 @@ def reason(family: Family, trial: Trial) -> str | None:
             return str(error).splitlines()[0]
         finally:
             assert torch.equal(outputs(model(**inputs)), before), "detaching does not restore the model"
-    assert after.isfinite().all() and not torch.equal(after, before), "the control changed nothing"
+    assert after.isfinite().all()
+    assert torch.equal(after, before) != trial.changes, f"the control changed {'nothing' if trial.changes else 'it'}"
     return None
 
 

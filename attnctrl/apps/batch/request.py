@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from ..._quiet import quiet_imports
-from ..generate import EARLY, describe, restore
+from ...requests import EARLY, describe, restore
 from .schema import (
     arguments_schema,
     check,

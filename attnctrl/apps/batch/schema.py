@@ -52,7 +52,9 @@ def field_schema(hint: Any) -> dict[str, Any] | None:
             "maxItems": len(arguments),
         }
     sequence = origin or hint
-    if isinstance(sequence, type) and issubclass(sequence, collections.abc.Iterable) and sequence is not dict:
+    if isinstance(sequence, type) and issubclass(sequence, collections.abc.Mapping):
+        return {"type": "object"}
+    if isinstance(sequence, type) and issubclass(sequence, collections.abc.Iterable):
         items = (field_schema(arguments[0]) if arguments else None) or {}
         return {"type": "array", **({"items": items} if items else {})}
     return None

@@ -42,7 +42,9 @@ def export(output: Path, to: Path) -> None:
     model.load_state_dict(state["model"])
     encoder = CLIPTextModelWithProjection.from_pretrained(output / "text_encoder")
     encoder.load_state_dict(state["encoder"])
-    vae = AutoencoderKL.from_pretrained(output / "vae")
+    trained = AutoencoderKL.from_pretrained(output / "vae")
+    vae = AutoencoderKL.from_config({name: value for name, value in trained.config.items() if name[0] != "_"})  # without its folder's path
+    vae.load_state_dict(trained.state_dict())
     tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
     pipeline = assemble(vae, tokenizer, encoder, model)
     third, nothing = silent_t5(model.config.joint_attention_dim)
