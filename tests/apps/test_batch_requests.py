@@ -216,7 +216,7 @@ BAD = {
     "text for controls": ({"controls": "SoftPAG"}, "controls is 'SoftPAG', not a list"),
     "no control": (
         {"controls": [{"control": "Nothing"}]},
-        "controls[0] names 'Nothing', no control; HeadScale, ",
+        "controls[0] names 'Nothing', no control; there are ",
     ),
     "nameless control": ({"controls": [{"heads": "1.2"}]}, "controls[0] needs one of 'control' and 'name'"),
     "odd control": ({"controls": [3]}, "controls[0] is 3, not an object"),
