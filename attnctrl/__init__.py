@@ -19,20 +19,25 @@ _PUBLIC = {
     "ACT": "controls",
     "AdaptVis": "controls",
     "AttnCtrlError": "errors",
+    "ConstrainedCrossAttention": "controls",
+    "ConcentricCausal": "controls",
     "Control": "controls",
     "GIFT": "controls",
     "HeadBatch": "heads",
     "HeadScale": "controls",
     "HeadSet": "heads",
     "Isolation": "controls",
+    "KeywordScope": "controls",
     "LanguageSession": "processors",
     "NormalizedAttention": "controls",
     "PAI": "controls",
     "PAINT": "controls",
     "PASTA": "controls",
+    "PINE": "controls",
     "RecordAttention": "controls",
     "Region": "regions",
     "RegionalPrompts": "controls",
+    "Reposition": "controls",
     "SPIN": "controls",
     "Schedule": "schedule",
     "Session": "processors",
@@ -59,17 +64,22 @@ if TYPE_CHECKING:
     from .controls import PAI as PAI
     from .controls import PAINT as PAINT
     from .controls import PASTA as PASTA
+    from .controls import PINE as PINE
     from .controls import SPIN as SPIN
     from .controls import VAF as VAF
     from .controls import VAR as VAR
     from .controls import VHR as VHR
     from .controls import AdaptVis as AdaptVis
+    from .controls import ConcentricCausal as ConcentricCausal
+    from .controls import ConstrainedCrossAttention as ConstrainedCrossAttention
     from .controls import Control as Control
     from .controls import HeadScale as HeadScale
     from .controls import Isolation as Isolation
+    from .controls import KeywordScope as KeywordScope
     from .controls import NormalizedAttention as NormalizedAttention
     from .controls import RecordAttention as RecordAttention
     from .controls import RegionalPrompts as RegionalPrompts
+    from .controls import Reposition as Reposition
     from .controls import SharedAttention as SharedAttention
     from .controls import SkipLayers as SkipLayers
     from .controls import SmoothedEnergy as SmoothedEnergy

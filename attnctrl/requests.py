@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 EARLY = 0.3  # share of the steps that isolated regions rule unless asked otherwise; the paper recommends 5 to 10 of 24
 
 
+WITH_REGIONS = ("regions", "subjects", "phrases", "targets", "sources")  # arguments of controls that may hold regions
+
+
 def describe(control: Control) -> dict[str, Any]:
     """A control with all its arguments as JSON. A region's mask is stored whole."""
     arguments = (name for name, item in control.__dataclass_fields__.items() if item.init)
@@ -41,9 +44,11 @@ def restore(facts: Mapping[str, Any]) -> Control:
     for name, known in kind.__dataclass_fields__.items() if kind else ():
         if arguments.get(name) in ("inf", "-inf") and "float" in str(known.type):
             arguments[name] = float(arguments[name])
-    for name in ("regions", "subjects"):
-        if name in arguments:
-            arguments[name] = _with_regions(arguments[name])
+    for name in WITH_REGIONS:
+        if isinstance(places := arguments.get(name), Mapping) and name == "phrases":
+            arguments[name] = {phrase: _with_regions(place) for phrase, place in places.items()}
+        elif places is not None:
+            arguments[name] = _with_regions(places)
     return make_control(facts["control"], arguments)
 
 
@@ -69,6 +74,8 @@ def _plain(value: Any) -> Any:
         return _region(value)
     if isinstance(value, (list, tuple)):
         return [_plain(item) if isinstance(item, (Region, list, tuple)) else item for item in value]
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
     return plain_value(value)
 
 

@@ -24,6 +24,10 @@ CONTROLS = {
     "an entry per image": lambda: ac.SharedAttention.consistory([(0, 0, 0.5, 1), halves()[1]], bias=-1.0),
     "whole images": lambda: ac.SharedAttention(bias=float("-inf")),
     "phrases": lambda: ac.SubjectMasks({"red cat": [2, 3], "dog": [5]}, layers=[1], threshold=0.4),
+    "places of phrases": lambda: ac.ConstrainedCrossAttention(
+        {"red cat": (0, 0, 0.5, 1), "dog": [halves()[1], (0.5, 0, 1, 0.5)]}, {"red cat": [2, 3], "dog": [5]}
+    ),
+    "targets": lambda: ac.Reposition(targets=["there@0.5,0,1,1"]),
     "regions": lambda: ac.RegionalPrompts([ac.Region("a cat", mask=halves()[0], feather=0.05), "a dog@0.5,0,1,1"]),
     "heads": lambda: ac.SoftPAG(heads="3.5:0.5,4.2", scale=2.0),
     "infinite width": lambda: ac.SmoothedEnergy(layers=[1], sigma=float("inf")),
@@ -34,6 +38,8 @@ def tokens(value):
     """An argument with its regions as tokens of an 8 x 8 grid, which can be compared."""
     if isinstance(value, ac.Region):
         return value.prompt, value.strength, value.tokens((8, 8)).tolist()
+    if isinstance(value, dict):
+        return {name: tokens(item) for name, item in value.items()}
     return [tokens(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 

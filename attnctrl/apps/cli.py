@@ -342,6 +342,14 @@ def batch(
     ] = "local",
     workers: Workers = None,
     image_format: Annotated[str, typer.Option(help="png, or webp (lossless).", rich_help_panel=FILES)] = "png",
+    record_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="Beside results.jsonl: parquet, results.parquet; webdataset, tar shards (--shard-size, 1000).",
+            rich_help_panel=FILES,
+        ),
+    ] = "jsonl",
     shard_size: Annotated[
         int | None,
         typer.Option(
@@ -423,6 +431,7 @@ def batch(
         {name: value for name, value in defaults.items() if value is not None},
         address,
         image_format=image_format.lower(),
+        format=record_format.lower(),
         shard_size=shard_size,
         skip_invalid=skip_invalid,
         fail_fast=fail_fast,
@@ -603,11 +612,94 @@ def demo(
 
 
 @app.command(no_args_is_help=True)
+def ask(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture file.")],
+    question: Annotated[list[str], typer.Argument(metavar="QUESTION", help="Several words are joined.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", help="A vision-language model: a local folder or a hub id.", rich_help_panel=MODEL
+        ),
+    ] = "",
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME(…)",
+            help="A control by its Python name, 'PAI(alpha=0.5)'. Repeat it. `attnctrl inspect` lists which a model carries.",
+            rich_help_panel=CONTROLS,
+        ),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Answer without the controls too.", rich_help_panel=CONTROLS)
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Say what the controls did.", rich_help_panel=CONTROLS)
+    ] = False,
+    show_attention: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write a picture of where the model looked, the mean over the tokens of its answer; with --compare the one without the "
+            "controls stands on the left. The largest value of each is white.",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+) -> None:
+    """Ask a vision-language model about a picture. The answer is printed, the most likely token each time."""
+    from .ask import Question
+    from .ask import ask as run_ask
+
+    asked = Question(
+        image,
+        " ".join(question),
+        model,
+        control or (),
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        max_new_tokens=max_new_tokens,
+        show_attention=show_attention,
+        compare=compare,
+        report=report,
+    )
+    for line, answers in run_ask(asked):
+        typer.echo(line, err=not answers)
+
+
+@app.command(no_args_is_help=True)
 def inspect(
     model: Annotated[str, typer.Argument(help="A built-in model, a local folder or a hub id.")],
     revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
+    sinks: Annotated[
+        bool,
+        typer.Option(
+            "--sinks",
+            help="Measure which dimensions mark attention sinks, for VAR. Language models; loads the weights.",
+        ),
+    ] = False,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="With --sinks: a picture to measure on, beside texts. Repeat it.")
+    ] = None,
+    tau: Annotated[
+        float | None, typer.Option(help="With --sinks: what stands out, in multiples of the RMS.", show_default="20")
+    ] = None,
 ) -> None:
-    """Show a model's attention sites and the controls that it carries. Loads no weights."""
+    """Show a model's attention sites and the controls that it carries, without loading weights; with --sinks, its sink dimensions."""
+    from .inspection_language import inspect_language, inspect_sinks, is_language_model
+
+    if sinks:
+        typer.echo(inspect_sinks(model, revision, image or (), 20.0 if tau is None else tau))
+        return
+    if image or tau is not None:
+        raise AttnCtrlError(
+            f"{'--image' if image else '--tau'} belongs to --sinks\nHINT: attnctrl inspect MODEL --sinks"
+        )
+    if is_language_model(model, revision):
+        typer.echo(inspect_language(model, revision))
+        return
     from .inspection import inspect_model
 
     typer.echo(inspect_model(model, revision))

@@ -46,6 +46,8 @@ def inspect_model(model: str, revision: str | None = None) -> str:
             places = len(control.touches(sites)) + len(control.touches_blocks(family.blocks(skeleton)))
             if control.regions_in_use() and family.encode is None:
                 raise AttnCtrlError("this family's text cannot be appended to yet")
+            if control.moves and family.image_ids is None:
+                raise AttnCtrlError("this family's image tokens have no table of positions")
             lines.append(f"  {name}: yes" + (f", at up to {places} places" if places else ""))
         except AttnCtrlError as error:
             lines.append(f"  {name}: no: {str(error).splitlines()[0]}")

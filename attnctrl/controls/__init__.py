@@ -3,16 +3,21 @@
 from .act import ACT
 from .adaptvis import AdaptVis
 from .base import Control, Edit, Moment
+from .concentric_causal import ConcentricCausal
+from .constrained_cross_attention import ConstrainedCrossAttention
 from .gift import GIFT
 from .head_scale import HeadScale
 from .isolation import Isolation
+from .keyword_scope import KeywordScope
 from .language import LanguageControl
 from .normalized_attention import NormalizedAttention
 from .pai import PAI
 from .paint import PAINT
 from .pasta import PASTA
+from .pine import PINE
 from .record_attention import RecordAttention
 from .regional_prompts import RegionalPrompts
+from .reposition import Reposition
 from .shared_attention import SharedAttention
 from .skip_layers import SkipLayers
 from .smoothed_energy import SmoothedEnergy
@@ -31,20 +36,25 @@ __all__ = [
     "PAI",
     "PAINT",
     "PASTA",
+    "PINE",
     "SPIN",
     "VAF",
     "VAR",
     "VHR",
     "AdaptVis",
+    "ConcentricCausal",
+    "ConstrainedCrossAttention",
     "Control",
     "Edit",
     "HeadScale",
     "Isolation",
+    "KeywordScope",
     "LanguageControl",
     "Moment",
     "NormalizedAttention",
     "RecordAttention",
     "RegionalPrompts",
+    "Reposition",
     "SharedAttention",
     "SkipLayers",
     "SmoothedEnergy",

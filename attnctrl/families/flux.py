@@ -45,6 +45,7 @@ FLUX = Family(
     lengths=with_references(of_ids),
     encode=_encode,
     text_ids="txt_ids",
+    image_ids="img_ids",
     unbatched=("img_ids", "txt_ids"),
 )
 
@@ -60,6 +61,7 @@ FLUX2 = Family(
     lengths=with_references(of_ids),
     encode=_encode_flux2,
     text_ids="txt_ids",
+    image_ids="img_ids",
     unbatched=("img_ids", "txt_ids"),
     numbered_text=True,
 )
@@ -75,6 +77,7 @@ CHROMA = Family(
     grid=of_ids,
     lengths=with_references(of_ids),
     text_ids="txt_ids",
+    image_ids="img_ids",
     unbatched=("img_ids", "txt_ids"),
     refuses=(
         (

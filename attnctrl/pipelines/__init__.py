@@ -3,6 +3,7 @@
 from .base import ControlledPipeline
 from .regional import RegionalPipeline
 from .story import StoryPipeline
+from .vlm import GroundedVLM
 
 
-__all__ = ["ControlledPipeline", "RegionalPipeline", "StoryPipeline"]
+__all__ = ["ControlledPipeline", "GroundedVLM", "RegionalPipeline", "StoryPipeline"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import weakref
 from collections import Counter
@@ -18,11 +17,13 @@ from ..attention.rows import Mask, RowEdit, edit_rows
 from ..controls.base import Control
 from ..controls.language import LanguageControl, Prompt
 from ..errors import AttnCtrlError
-from ..families.language import IMAGE_SIZES, class_token_attention, find_language
+from ..families.language import IMAGE_SIZES, class_token_attention, find_language, image_views
 from ..sites import Site, Tokens
 from . import transformers as interface
+from .language_arranging import check_arranged, find_arranging
+from .language_aside import Asides, times
+from .language_prompts import Generation, find_prompt
 from .maps import attention_values, heat_map, sink_values
-from .text_only import TextOnly
 
 
 class LanguageSession:
@@ -62,26 +63,23 @@ class LanguageSession:
                     raise AttnCtrlError(f"{control.name} touches no attention of {self.family.name}")
                 self._fitted[control], self._weights[control] = fitted, touched
                 self._alike[control] = {path: tuple(weights.flatten().tolist()) for path, weights in touched.items()}
+        self._arranging = find_arranging(self._fitted, self.language.decoder)
         self._modules: dict[str, nn.Module] = {}
         self._by_module: dict[nn.Module, Site] = {}
         self._configs: list[Any] = []
         self._hooks: list = []
         self._attached = False
+        self.last_prompt: Prompt | None = None
         self._forget()
 
     def _forget(self) -> None:
         self._now: Prompt | None = None
-        self.last_prompt: Prompt | None = None
-        self._generating: _Generation | None = None
+        self._generating: Generation | None = None
         self._prompts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # cache -> prompt
         self._seen: set[str] = set()
         self._edits: dict[tuple, tuple] = {}
         self._masks: dict[tuple, tuple[Any, Mask]] = {}
-        self._aside: str = ""  # "preview" of a prompt without edits, or its "text" alone, while that runs
-        self._previewed: Prompt | None = None
-        self._carried: dict[Any, Any] = {}  # notes of a preview, for the prompt that it was a preview of
-        self._text: TextOnly | None = None
-        self._with_image: Tensor | None = None
+        self._asides = Asides(self)
         self._early: dict[
             int, list[Tensor]
         ] = {}  # what the vision tower saw before the call: `generate` runs it first
@@ -141,8 +139,10 @@ class LanguageSession:
                 ]
                 if any(getattr(fitted, "previews", False) for fitted in self._fitted.values()):
                     self._hooks.append(
-                        self.model.register_forward_pre_hook(self._preview, with_kwargs=True, prepend=True)
+                        self.model.register_forward_pre_hook(self._asides.preview, with_kwargs=True, prepend=True)
                     )
+                if self._arranging is not None:
+                    self._hooks.append(self._arranging[1].register_forward_pre_hook(self._placing, with_kwargs=True))
                 watched = {
                     path for c, touched in self._weights.items() if getattr(c, "watches", False) for path in touched
                 }
@@ -219,7 +219,7 @@ class LanguageSession:
             kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")
         ]
         given = {name: kwargs[name] for name in IMAGE_SIZES if name in kwargs}
-        self._generating = _Generation(copies=max(count[0], count[1]), beams=count[0] > 1, given=given)
+        self._generating = Generation(copies=max(count[0], count[1]), beams=count[0] > 1, given=given)
         self._early = {}
         try:
             return self._inner_generate(*args, **kwargs)
@@ -229,7 +229,7 @@ class LanguageSession:
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Finds out what the call reads: a new prompt, more of one, or what the model has just written."""
-        if self._aside == "text":
+        if self._asides.running == "text":
             return
         bound = {**dict(zip(self._names, args, strict=False)), **kwargs}
         ids, embeds, cache = (bound.get(name) for name in ("input_ids", "inputs_embeds", "past_key_values"))
@@ -239,9 +239,13 @@ class LanguageSession:
         self._now = None
         if ids is None and embeds is None:
             raise AttnCtrlError(f"{', '.join(self.names())}: {type(module).__name__} was called without input_ids")
-        shape, device = (ids if ids is not None else embeds).shape[:2], (ids if ids is not None else embeds).device
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        now = self._prompt(ids, shape, device, past, cache, bound.get("attention_mask"))
+        try:
+            now = find_prompt(
+                *(ids, embeds, bound.get("attention_mask"), cache),
+                *(self._prompts, self._generating, self.language.facts.image_ids),
+            )
+        except AttnCtrlError as error:
+            raise AttnCtrlError(f"{', '.join(self.names())}: {error}") from None
         if now.reads:
             for name in IMAGE_SIZES:
                 new = (bound if self._generating is None else self._generating.given).get(name)
@@ -250,12 +254,11 @@ class LanguageSession:
                     now.given[name] = new if known is None else torch.cat([known, new])
         if cache is not None:
             self._prompts[cache] = now
-        if self._generating is not None and not self._aside:
+        if self._generating is not None and not self._asides.running:
             self._generating.prompt = now
-        if past == 0 and now.reads:
-            now.notes.update(self._carried)
-            self._carried = {}
-        if now.reads and not self._aside:
+        if now.past == 0 and now.reads:
+            self._asides.carry_over(now)
+        if now.reads and not self._asides.running:
             for layer, seen in self._early.items():
                 now.notes.setdefault(("class token", layer), []).extend(seen)
             self._early = {}
@@ -267,104 +270,28 @@ class LanguageSession:
                         self._note(
                             f"{control.name}: rows {_rows(now.first_image)} of a batch hold no image and stay as they are"
                         )
-        self._text = None
-        comparing = any(getattr(fitted, "compares", False) for fitted in self._fitted.values())
-        if comparing and past == 0 and now.reads and not self._aside:
-            with self._running("text"):
-                self._text = TextOnly(module, self._layers(), now, bound.get("token_type_ids"))
+        if now.reads and getattr(self._arranging and self._arranging[0], "needs_views", False):
+            each, images = now.copies, now.image[:: now.copies]
+            of = (self.family, self.model.config, images)
+            self._arranging[0].place(now, [image_views(*of, i // each, now.given)[0] for i in range(now.batch)])
+        self._asides.end()
+        if now.past == 0 and now.reads and not self._asides.running:
+            self._asides.begin(module, now, bound.get("token_type_ids"))
         self._now = now
-
-    def _layers(self) -> list[nn.Module]:
-        """All layers of the stack that the sites are in."""
-        stack = self.sites[0].path.rpartition(".")[0].rpartition(".")[0]
-        return list(self.model.get_submodule(stack))
-
-    @contextmanager
-    def _running(self, what: str):
-        before, self._aside = self._aside, what
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self._aside = before
-
-    @torch.compiler.disable
-    def _preview(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Runs a new prompt without edits, before the edited pass."""
-        names = list(inspect.signature(module.forward).parameters)
-        bound = {**dict(zip(names, args, strict=False)), **kwargs}
-        cache, writing = bound.get("past_key_values"), self._generating
-        known = (cache is not None and cache.get_seq_length() > 0) or (
-            writing is not None and writing.prompt is not None
-        )
-        if self._aside or known:
-            return
-        bound["past_key_values"] = copy.deepcopy(cache)
-        with self._running("preview"):
-            logits = getattr(module(**bound), "logits", None)
-        prompt, self._previewed = self._previewed, None
-        if logits is not None:
-            at = prompt.last if logits.shape[1] == prompt.length else [-1] * prompt.batch
-            logits = logits[torch.arange(prompt.batch), at]
-        for fitted in self._fitted.values():
-            if getattr(fitted, "previews", False):
-                fitted.previewed(prompt, logits)
-        self._carried = prompt.lasting()
-
-    def _prompt(self, ids: Tensor | None, shape, device, past: int, cache: Any, mask: Any) -> Prompt:
-        batch, length = shape
-        writing = self._generating
-        if past == 0 and writing is not None and writing.prompt is not None and length > writing.prompt.image.shape[1]:
-            now, now_reads = writing.prompt, False  # without a cache all of it is read again
-        elif past == 0:
-            copies = writing.copies if writing is not None and batch % writing.copies == 0 else 1
-            valid = _valid(mask, batch, length, device, None)
-            now = Prompt(
-                ids, valid, self._images(ids, shape, device), torch.zeros(shape, dtype=torch.bool, device=device)
-            )
-            now.copies, now.beams, now_reads = copies, writing is not None and writing.beams, True
-        else:
-            now = self._prompts.get(cache)
-            if now is None or now.total != past:
-                had = (
-                    "read before the session was attached"
-                    if now is None
-                    else f"changed: {past} positions, {now.total} were read"
-                )
-                raise AttnCtrlError(
-                    f"{', '.join(self.names())}: the prompt in this cache was {had}\nHINT: attach first, then read the prompt"
-                )
-            if length > 1:
-                now.extend(
-                    ids, _valid(mask, batch, past + length, device, now), self._images(ids, shape, device), past
-                )
-            now_reads = length > 1
-        if now.batch != batch:
-            raise AttnCtrlError(
-                f"{', '.join(self.names())}: the prompt had {now.batch} rows, this call has {batch}\nHINT: keep the batch as it is"
-            )
-        now.past, now.length, now.reads = past, length, now_reads
-        return now
-
-    def _images(self, ids: Tensor | None, shape, device) -> Tensor:
-        image = torch.zeros(shape, dtype=torch.bool, device=device)
-        for token in self.language.facts.image_ids if ids is not None else ():
-            image = image | (ids == token)
-        return image
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Also runs after an exception; then there is no output."""
-        if self._aside == "text":
+        if self._asides.running == "text":
             return
         now, self._now = self._now, None
-        self._text = self._with_image = None
+        self._asides.end()
         self._masks.clear()
         self._edits.clear()
         if output is None or now is None:
             return
-        if self._aside:
-            self._previewed = now
+        if self._asides.running:
+            self._asides.read = now
             return
         cache = getattr(output, "past_key_values", None)
         if cache is not None:
@@ -379,11 +306,21 @@ class LanguageSession:
                     "they did not go through the attention interface\nHINT: leave the attention implementation alone while attached"
                 )
 
+    @torch.compiler.disable
+    def _placing(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Gives the tokens of a call other positions, behind the mask, which is made from the model's own."""
+        if self._now is None or self._asides.running == "text":
+            return None
+        control, now = self._arranging[0], self._now
+        if len(args) > 1:
+            return (args[0], control.positions(now, args[1]), *args[2:]), kwargs
+        return args, {**kwargs, "position_ids": control.positions(now, kwargs["position_ids"])}
+
     def _watching(self, site: Site):
         @torch.compiler.disable
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             now = self._now
-            if now is None or not now.reads or self._aside:
+            if now is None or not now.reads or self._asides.running:
                 return
             hidden = args[0] if args else kwargs["hidden_states"]
             for control, fitted in self._fitted.items():
@@ -397,7 +334,7 @@ class LanguageSession:
 
         @torch.compiler.disable
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if self._aside:
+            if self._asides.running:
                 return
             with torch.no_grad():
                 seen = class_token_attention(module, args[0] if args else kwargs["hidden_states"])
@@ -409,8 +346,8 @@ class LanguageSession:
     def attend(self, inner, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *args, **kwargs):
         """One attention call of a held module: q (B, H, T, D), k and v (B, H_kv, S, D); returns ((B, T, H, D), None)."""
         site, now = self._by_module[module], self._now
-        if self._aside == "text":
-            return self._attend_text(site, inner, module, q, k, v, mask, *args, **kwargs)
+        if self._asides.running == "text":
+            return self._asides.attend(site, inner, module, q, k, v, mask, *args, **kwargs)
         if now is None:
             raise AttnCtrlError(
                 f"{', '.join(self.names())}: {type(self.language.decoder).__name__} was called past {type(self.language.base).__name__}, "
@@ -425,40 +362,28 @@ class LanguageSession:
 
         n_k = min(k.shape[2], now.total)
         with record_kernels() as log:
-            if not edits:
-                out = plain()
-            else:
-                keys, values = (x[:, :, :n_k] if x.shape[2] > n_k else x for x in (k, v))
-                seen = self._mask(mask, module, q.shape[2], n_k, kwargs)
-                named = {"scale": kwargs.get("scaling"), "softcap": kwargs.get("softcap")}
-                with self._named(site):
-                    out = edit_rows(q, keys, values, edits, plain, mask=seen, **named)
-            if self._aside:
+            keys, values = (x[:, :, :n_k] if x.shape[2] > n_k else x for x in (k, v))
+            named = {"scale": kwargs.get("scaling"), "softcap": kwargs.get("softcap")}
+            seen = self._mask(mask, module, q.shape[2], n_k, kwargs) if edits or self._arranging is not None else None
+
+            def edited() -> Tensor:
+                return edit_rows(q, keys, values, edits, plain, mask=seen, **named) if edits else plain()
+
+            with self._named(site):
+                if self._arranging is None:
+                    out = edited()
+                else:
+                    check_arranged(now, q, n_k, seen, edits, named["softcap"])
+                    out = self._arranging[0].arrange(now, q, keys, values, kwargs["scaling"], edited)
+            if self._asides.running:
                 return out.transpose(1, 2).contiguous(), None
-            if self._text is not None and self._comparing(site):
-                self._with_image = out[torch.arange(now.batch), :, now.row_of_last()].detach()
-                with self._running("text"):
-                    self._text.run_through(self.model.get_submodule(site.path.rpartition(".")[0]))
-                self._with_image = None
-            out = _times(out, self._head_scale(site, now))
+            self._asides.compare(site, now, out)
+            out = times(out, self._head_scale(site, now))
         self.kernels.update(log)
         self._seen.add(site.path)
         for control, touched in self._weights.items():
             if site.path in touched:
                 self.hits[control][site.path] += 1
-        return out.transpose(1, 2).contiguous(), None
-
-    def _comparing(self, site: Site) -> list[Control]:
-        return [c for c, f in self._fitted.items() if getattr(f, "compares", False) and site.path in self._weights[c]]
-
-    def _attend_text(self, site: Site, inner, *args, **kwargs):
-        """An attention call of the prompt without its image: only comparing controls act, and they compare first."""
-        out = inner(*args, **kwargs)[0].transpose(1, 2)
-        if self._with_image is not None:
-            for control in self._comparing(site):
-                fitted, weights = self._fitted[control], self._weights[control][site.path]
-                fitted.compare(site, self._now, self._with_image, out[:, :, -1])
-                out = _times(out, fitted.head_scale(site, self._now, weights))
         return out.transpose(1, 2).contiguous(), None
 
     def _refuse(self, module: nn.Module, now: Prompt, q: Tensor, kwargs: dict) -> None:
@@ -488,7 +413,7 @@ class LanguageSession:
             key = (control, n_k, self._alike[control][site.path], site.layer if fitted.per_layer else None)
             if key not in self._edits:
                 with self._named(site):
-                    if self._aside:
+                    if self._asides.running:
                         found = fitted.preview_edits(site, now, n_k) if fitted.previews else ()
                     else:
                         found = fitted.row_edits(site, now, weights, n_k)
@@ -550,6 +475,12 @@ class LanguageSession:
 
     # -- what people ask -----------------------------------------------------------------------------------------------------
 
+    @property
+    def written(self) -> int:
+        """How many tokens were written after the last prompt."""
+        prompt = self.last_prompt
+        return 0 if prompt is None else prompt.total - prompt.image.shape[1] + 1
+
     def attention_values(
         self, token: int, index: int | None = None, *, row: int = 0, layers: Any = None, heads: Any = None
     ) -> Tensor:
@@ -606,33 +537,5 @@ class LanguageSession:
         return "\n".join(lines)
 
 
-class _Generation:
-    """A running `generate`: its prompt once it is read, how many rows it makes of each, and the sizes of images that it was given."""
-
-    def __init__(self, copies: int, beams: bool, given: dict[str, Any]):
-        self.copies, self.beams, self.given = copies, beams, given
-        self.prompt: Prompt | None = None
-
-
-def _times(out: Tensor, factor: Tensor | None) -> Tensor:
-    """(B, H, T, D) times (B|1, H)."""
-    return out if factor is None else out * factor.to(out.device, out.dtype)[:, :, None, None]
-
-
 def _rows(found: list) -> str:
     return ", ".join(str(row) for row, at in enumerate(found) if at is None)
-
-
-def _valid(mask: Any, batch: int, total: int, device: torch.device, before: Prompt | None) -> Tensor:
-    """Which positions are no padding, (B, total), from the mask that the model was given: (B, total), or prepared, 4-D."""
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= total:
-        return mask[:, :total].to(device, torch.bool)
-    if isinstance(mask, Tensor) and mask.ndim == 4:
-        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        return seen[:, 0, :, :total].any(1).expand(batch, -1).to(device)
-    valid = torch.ones(batch, total, dtype=torch.bool, device=device)
-    if before is not None:
-        valid[:, : before.valid.shape[1]] = before.valid
-    return valid
