@@ -1,6 +1,7 @@
 """`attnctrl batch` on a tiny pipeline: what it makes, and what it does when something fails."""
 
 import hashlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -203,6 +204,56 @@ def test_shards(batch):
     assert number == 1
 
 
+def test_webdataset_is_a_format(batch):
+    code, out, _ = batch([{"id": "one", "prompt": "a red cat"}], "--format", "webdataset")
+    with tarfile.open(out / "shard-000000.tar") as opened:
+        assert code == 0 and opened.getnames() == ["00000000.png", "00000000.json"]
+
+
+@pytest.mark.parametrize("place", ["folder", "address"])
+def test_parquet_table(batch, attnctrl, model, tmp_path, place):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="the table needs pyarrow")
+    at = tmp_path / "out" if place == "folder" else f"file://{tmp_path / 'out'}"
+    table, rows = tmp_path / "out" / "results.parquet", [{"id": f"n{n}", "prompt": "a rød cat"} for n in range(2)]
+
+    def run(rows):
+        requests = write(tmp_path / "requests.jsonl", rows)
+        code, said, err = attnctrl("batch", requests, "--model", model, *FAST, "--output", at, "--format", "parquet")
+        assert code == 0, err
+        assert said.split()[-1].endswith("results.parquet")
+
+    def read():
+        found = parquet.read_table(table).to_pylist()
+        return [{**row, "request": json.loads(row["request"])} for row in found]
+
+    run(rows)
+    first, written = read(), table.stat().st_mtime_ns
+    run(rows)
+    assert table.stat().st_mtime_ns == written  # nothing new: not written again
+    (tmp_path / "out" / "n0.png").unlink()
+    run([*rows, {"id": "pair", "prompt": "a red cat", "seed": 2**62, "num_images": 2, "controls": [SOFTPAG]}])
+    made, told = read(), lines(tmp_path / "out" / "results.jsonl")
+    assert [row["id"] for row in first] == ["n0", "n1"] and len(made) == 4
+    assert made == [
+        {
+            **{name: line[name] for name in ("id", "image", "images", "file", "seed", "sha256", "seconds", "request")},
+            **{name: line["request"][name] for name in ("prompt", "width", "height")},
+        }
+        for line in told
+    ]
+    assert {row["seed"] for row in made} == {0, 2**62, 2**62 + 1}
+    table.write_bytes(b"cut short")
+    run(rows)
+    assert read() == made
+
+
+def test_parquet_without_pyarrow_is_told_before_the_run(batch, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "pyarrow" else found(name, *a))
+    code, out, err = batch([MIXED[0]], "--format", "parquet")
+    assert code == 2 and "pip install 'attnctrl[batch]'" in err and not out.exists()
+
+
 # -- what is refused, and what fails ---------------------------------------------------------------------------------------
 
 
@@ -338,6 +389,7 @@ def test_bad_options(attnctrl, model, tmp_path):
         (("--engine", "steam"), "--engine 'steam'"),
         (("--workers", "2"), "--workers needs --engine ray"),
         (("--shard-size", "0"), "--shard-size 0"),
+        (("--format", "arrow"), "--format 'arrow' is not one of jsonl, webdataset, parquet"),
         (("--batch-size", "0"), "--batch-size 0"),
         (("--steps", "0"), "steps is 0"),
         (("--model", "./none"), "no folder that exists"),

@@ -1,9 +1,11 @@
 """The demo without its page: forms, limits, code that makes the same picture, the studio and requests files."""
 
+import base64
 import io
 import json
 import shlex
 import struct
+import subprocess
 import zipfile
 import zlib
 from pathlib import Path
@@ -11,23 +13,39 @@ from threading import Event
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from attnctrl.apps.batch.pictures import encode, read_request
 from attnctrl.apps.batch.schema import arguments_schema, picture_controls
 from attnctrl.apps.cli import main
-from attnctrl.apps.demo import limits
+from attnctrl.apps.demo import attention, limits
 from attnctrl.apps.demo.code import as_cli, as_python
 from attnctrl.apps.demo.files import draw_file, read_file
 from attnctrl.apps.demo.forms import controls, read_form, summary
 from attnctrl.apps.demo.limits import admit, picture_request
+from attnctrl.apps.demo.parts import boxes_from, boxes_of
+from attnctrl.apps.demo.scores import CHOSEN, FIRST, scores_of
 from attnctrl.apps.demo.studio import Picture, Step, Stopped, Studio
 from attnctrl.apps.generate import Job
+from attnctrl.apps.metadata import mask_to_text
+from attnctrl.controls import RegionalPrompts
 from attnctrl.errors import AttnCtrlError
+from attnctrl.heads import HeadSet
 
 
 PROMPT = "a red cat and a blue car"
 REGIONS = [{"prompt": "a red cat", "box": [0, 0, 0.5, 1]}, {"prompt": 'a "blue" car\'s', "box": [0.5, 0, 1, 1]}]
+
+
+def painted(size=(16, 16), inside=(0, 0, 8, 16)) -> str:
+    """A mask as the canvas saves it."""
+    mask = Image.new("L", size)
+    mask.paste(255, inside)
+    return mask_to_text(mask)
+
+
+MASK = {"prompt": "a red cat", "mask_png": painted()}
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +178,44 @@ def test_request_with_everything_is_admitted():
     assert [control.name for control in asked.make_controls()] == ["RegionalPrompts", "SoftPAG"]
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        7,
+        "not base64",
+        base64.b64encode(b"<svg/>" * 20).decode(),
+        painted((1025, 8)),
+        painted() + "A" * (limits.MASK * 4 // 3),
+    ],
+    ids=["number", "text", "svg", "pixels", "bytes"],
+)
+@pytest.mark.parametrize("place", ["regions", "control", "text"])
+def test_masks_that_are_no_small_png_are_refused(mask, place):
+    region = {"prompt": "a cat", "mask_png": mask}
+    asked = {
+        "regions": {"regions": [region]},
+        "control": {"controls": [{"control": "RegionalPrompts", "regions": [region]}]},
+        "text": {"controls": [f"RegionalPrompts(regions=[{region!r}])"]},
+    }[place]
+    with pytest.raises(AttnCtrlError, match="no PNG of at most 1024 x 1024 pixels"):
+        admit({"prompt": PROMPT, **asked})
+
+
+def test_canvas_holds_boxes_and_masks():
+    canvas = [{"name": "left", "color": "#123456", **MASK}, {"name": "", "color": "#654321", **REGIONS[1]}]
+    canvas[0]["mask"] = canvas[0].pop("mask_png")
+    regions = boxes_of({"boxes": canvas})
+    assert regions == [MASK, REGIONS[1]]
+    assert [(box["prompt"], box.get("box"), box.get("mask")) for box in boxes_from(regions)] == [
+        ("a red cat", None, MASK["mask_png"]),
+        (REGIONS[1]["prompt"], REGIONS[1]["box"], None),
+    ]
+    with pytest.raises(AttnCtrlError, match="Mask 1 has no prompt"):
+        boxes_of({"boxes": [{"name": "", "prompt": " ", "mask": MASK["mask_png"]}]})
+    with pytest.raises(AttnCtrlError, match="a feather of its own"):
+        boxes_from([{**REGIONS[0], "feather": 0.1}])
+
+
 def bomb(side: int) -> bytes:
     """A small PNG file that claims side x side pixels."""
 
@@ -224,6 +280,8 @@ def test_files_that_are_too_large_are_refused(tmp_path, monkeypatch):
             "controls": [{"control": "RegionalPrompts", "regions": REGIONS, "base_weight": 0.1, "stop": 0.6}],
         },
         {"prompt": PROMPT, "controls": [{"control": "RegionalPrompts", "regions": REGIONS, "isolate": False}]},
+        {"prompt": PROMPT, "controls": [{"control": "RegionalPrompts", "regions": [MASK, REGIONS[1]], "stop": 1.0}]},
+        {"prompt": PROMPT, "controls": [{"control": "RegionalPrompts", "regions": [MASK], "layers": "1"}]},
         {
             "prompt": PROMPT,
             "controls": [
@@ -233,20 +291,22 @@ def test_files_that_are_too_large_are_refused(tmp_path, monkeypatch):
             ],
         },
     ],
-    ids=["plain", "quotes", "regions", "open regions", "everything"],
+    ids=["plain", "quotes", "regions", "open regions", "masks", "mask and layers", "everything"],
 )
 def test_code_makes_the_same_picture(values, studio, tmp_path, monkeypatch):
     asked = admit({"steps": 3, **values})
     picture = draw(studio, asked)[-1]
     job, made = studio.job(asked), asked.make_controls()
 
-    words = shlex.split(as_cli(job, made).replace("\\\n", " "))
+    monkeypatch.chdir(tmp_path)
+    *writing, command = as_cli(job, made).replace("\\\n", " ").splitlines()
+    subprocess.run(["sh", "-e"], input="\n".join(writing), text=True, check=True)
+    words = shlex.split(command)
     assert words[0] == "attnctrl"
     assert main([words[1], "--output", str(tmp_path / "cli"), *words[2:]]) == 0
     (file,) = (tmp_path / "cli").iterdir()
     assert np.array_equal(pixels(Image.open(file)), pixels(picture.image))
 
-    monkeypatch.chdir(tmp_path)
     exec(as_python(job, made, studio.model.made, studio.model.absent), {})
     assert np.array_equal(pixels(Image.open("picture.png")), pixels(picture.image))
 
@@ -298,6 +358,63 @@ def test_previews_are_pictures_of_what_forms(studio, monkeypatch):
     assert np.array_equal(pixels(picture.image), pixels(draw(studio, asked[0][1])[-1].image))
 
 
+def attended(studio, regions, **options) -> Picture:
+    controls = [{"control": "RegionalPrompts", "regions": regions, "stop": 0.5, **options}]
+    asked = admit({"prompt": PROMPT, "steps": 4, "controls": controls})
+    visitor = studio.visitor("test")
+    return list(studio.draw([("picture", asked)], visitor.folder, visitor.begin(), maps=True))[-1]
+
+
+def test_attention_to_regions_is_recorded_without_changing_the_picture(studio):
+    regions = [MASK, REGIONS[1]]
+    picture = attended(studio, regions)
+    controls = [{"control": "RegionalPrompts", "regions": regions, "stop": 0.5}]
+    plain = draw(studio, admit({"prompt": PROMPT, "steps": 4, "controls": controls}))[-1]
+    assert plain.maps is None and np.array_equal(pixels(picture.image), pixels(plain.image))
+    assert picture.facts["controls"] == plain.facts["controls"]
+    assert len(picture.maps) == 2 and bool(((picture.maps > 0) & (picture.maps < 1)).all())
+    assert not torch.equal(picture.maps[0], picture.maps[1])
+    one = attended(studio, regions, layers="1")
+    assert one.maps.shape == picture.maps.shape and not torch.equal(one.maps, picture.maps)
+
+
+def test_only_the_words_of_a_region_count_where_its_tokens_are_known(studio, monkeypatch):
+    words = attended(studio, REGIONS).maps
+    monkeypatch.setattr(attention, "TOKENIZERS", {})
+    whole = attended(studio, REGIONS).maps
+    assert bool((words < whole).all())
+
+
+def test_picture_is_made_where_attention_cannot_be_recorded(studio, monkeypatch):
+    plain = attended(studio, REGIONS)
+
+    def refuse(*given):
+        raise AttnCtrlError("the model masks pairs of tokens")
+
+    monkeypatch.setattr(attention.RegionMaps, "edit", refuse)
+    picture = attended(studio, REGIONS)
+    assert "the model masks pairs of tokens" in picture.maps
+    assert np.array_equal(pixels(picture.image), pixels(plain.image))
+
+
+def test_maps_are_laid_over_the_picture():
+    maps = torch.zeros(3, 4, 4)
+    maps[0, :, :2], maps[1, 0, 3] = 0.5, 0.25
+    maps[0, :, 2:] = 0.1
+    regional = RegionalPrompts(["cat@0,0,0.5,1", "car@0.5,0,1,1"], background="grass", stop=0.3)
+    shown = attention.overlay(
+        Image.new("RGB", (1000, 500)), maps, regional, [("left", "#ff0000"), ("right", "no colour")]
+    )
+    assert [row["name"] for row in shown["maps"]] == ["left", "right", "grass"]
+    assert shown["maps"][0]["about"] == "up to 50%, 5.0 × as much inside as outside"
+    images = [Image.open(io.BytesIO(base64.b64decode(row["png"]))) for row in shown["maps"]]
+    assert images[0].size == (4, 4) and images[0].getpixel((0, 0)) == (255, 0, 0, 255)
+    assert images[0].getpixel((3, 0))[3] == 0 and images[1].getpixel((3, 0))[3] == 255
+    assert images[2].getchannel("A").getextrema() == (0, 0)  # equal everywhere: nothing to show
+    assert "0% to 30% of the steps" in shown["note"]
+    assert Image.open(io.BytesIO(base64.b64decode(shown["picture"]))).size == (768, 384)
+
+
 def test_heads_that_do_not_exist_are_told_before_the_run(studio):
     with pytest.raises(AttnCtrlError, match="head 99 of layer 1 does not exist"):
         studio.refuse(admit({"prompt": PROMPT, "controls": ["SoftPAG(heads='1.99')"]}))
@@ -324,6 +441,64 @@ def test_model_is_fixed_unless_choice_is_allowed(model, studio, tmp_path):
         assert free.model.job.model == model
     finally:
         free.close()
+
+
+# -- scores of heads -----------------------------------------------------------------------------------------------------
+
+
+def test_scores_of_a_search_are_those_of_its_first_round(tmp_path):
+    rows = [
+        {"round": 1, "layer": 0, "head": 0, "gain": 0.25},
+        {"round": 1, "layer": 1, "head": 3, "gain": -0.5},
+        {"round": 1, "layer": 9, "head": 0, "gain": 1.0},  # of another model
+        {"round": 1, "layer": "attn2", "head": 0, "gain": 1.0},
+        {"round": 1, "layer": 0, "head": 1, "gain": None},
+        {"round": 2, "layer": 0, "head": 0, "gain": 9.0},
+    ]
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps({"heads": [[0, 0]], "rows": rows}))
+    expected = ([[0, 0, 0.25], [1, 3, -0.5]], FIRST)
+    assert scores_of(HeadSet.parse(file), [4, 4], file) == expected
+    assert scores_of(HeadSet(((0, 0, 1.0),), provenance={"rows": rows}), [4, 4]) == expected
+
+
+def test_scores_of_a_head_set_are_what_its_rounds_gained(tmp_path):
+    track = [{"heads": 0, "score": 0.5}, {"heads": 2, "score": 0.75}, {"heads": 3, "score": 0.625}]
+    heads = HeadSet(((1, 2, 1.0), (0, 3, 1.0), (0, 0, 0.5)), provenance={"scores": track})
+    assert scores_of(heads, [4, 4]) == ([[1, 2, 0.25], [0, 3, 0.25], [0, 0, -0.125]], CHOSEN)
+    heads.save(tmp_path / "head_set.json")
+    assert scores_of(HeadSet.parse(tmp_path / "head_set.json"), [4, 4]) == scores_of(heads, [4, 4])
+
+
+@pytest.mark.parametrize(
+    "provenance",
+    [{}, {"scores": "high"}, {"scores": [1, 2]}, {"scores": [{"heads": "1", "score": 2}]}, {"rows": [[0]]}],
+)
+def test_head_sets_without_scores_have_none(provenance):
+    assert scores_of(HeadSet(((0, 0, 1.0),), provenance=provenance), [4]) == ([], "")
+
+
+def test_presets_are_taken_by_name_alone(studio, tmp_path, monkeypatch):
+    pytest.importorskip("gradio", reason="the page needs gradio")
+    from attnctrl.apps.demo.page import Page
+
+    folder = tmp_path / "heads" / "sharp"
+    folder.mkdir(parents=True)
+    heads = HeadSet(
+        ((1, 2, 1.0), (0, 3, 0.5)), provenance={"scores": [{"heads": 0, "score": 0}, {"heads": 2, "score": 1}]}
+    )
+    heads.save(folder / "head_set.json")
+    monkeypatch.setattr("attnctrl.icons.models.asset_folders", lambda: (tmp_path,))
+    page = Page(studio)
+    assert page.take_preset("sharp") == {
+        "layers": [4, 4, 4],
+        "heads": [[1, 2, 1.0], [0, 3, 0.5]],
+        "scores": [[1, 2, 1.0], [0, 3, 1.0]],
+        "about": CHOSEN,
+    }
+    for name in ("blunt", str(folder), "../sharp", None):
+        with pytest.raises(AttnCtrlError, match="there is no head preset"):
+            page.take_preset(name)
 
 
 # -- requests files ------------------------------------------------------------------------------------------------------

@@ -32,9 +32,12 @@ from .requests import Entry, Problem, Request, read_requests
 from .results import Results, head
 from .schema import told
 from .shards import write_shards
+from .table import need_pyarrow, write_table
 
 
 Task = tuple[Entry, int]  # a row and the number of one of its pictures
+RECORDS = ("jsonl", "webdataset", "parquet")
+SHARD = 1000  # pictures of a shard of --format webdataset
 
 
 class BatchFailed(Exception):
@@ -49,7 +52,8 @@ class Batch:
         job: model, device, output folder and batch size; what it draws is not used.
         address: where the output goes instead of the job's folder.
         defaults: what rows leave out, such as steps.
-        shard_size: pictures of a tar shard (WebDataset); None for no shards.
+        format: what is written at the end beside results.jsonl: nothing more, tar shards, or a parquet table.
+        shard_size: pictures of a tar shard (WebDataset); None for no shards, unless `format` asks for them.
         workers: of the engine "ray"; None for one a GPU.
     """
 
@@ -58,6 +62,7 @@ class Batch:
     defaults: dict[str, Any] = field(default_factory=dict)
     address: Address | None = None
     image_format: str = "png"
+    format: str = "jsonl"
     shard_size: int | None = None
     skip_invalid: bool = False
     fail_fast: bool = False
@@ -68,11 +73,17 @@ class Batch:
         wrong = []
         if self.image_format not in FORMATS:
             wrong.append(f"--image-format {self.image_format!r} is not one of {', '.join(FORMATS)}")
+        if self.format not in RECORDS:
+            wrong.append(f"--format {self.format!r} is not one of {', '.join(RECORDS)}")
         if self.shard_size is not None and self.shard_size < 1:
             wrong.append(f"--shard-size {self.shard_size} is less than 1")
         wrong += engine_problems(self.engine, self.workers)
         if wrong:
             raise AttnCtrlError("; ".join(wrong))
+        if self.format == "parquet":
+            need_pyarrow()
+        if self.format == "webdataset" and self.shard_size is None:
+            object.__setattr__(self, "shard_size", SHARD)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -182,8 +193,11 @@ def run(batch: Batch) -> Iterator[Path | Address | str]:
             finally:
                 engine.close()
     yield results.written
-    if batch.shard_size is not None and world == 1 and results.done.by_id:
-        yield from write_shards(results, batch.shard_size)
+    if world == 1 and results.done.by_id:
+        if batch.shard_size is not None:
+            yield from write_shards(results, batch.shard_size)
+        if batch.format == "parquet":
+            yield write_table(results)
     if failures:
         raise BatchFailed(
             f"{failures} pictures could not be made, see {str(results.failed)!r}; the same command tries again"

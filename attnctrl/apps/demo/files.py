@@ -15,7 +15,7 @@ from ..batch.requests import Entry, read_requests
 from ..batch.results import Done
 from ..batch.rows import ENDINGS, read_rows
 from ..batch.schema import told
-from .limits import ROWS, check_upload, naming_files, too_much
+from .limits import ROWS, check_upload, too_much, unsafe_parts
 from .studio import Picture, Step, Stopped, Studio
 
 
@@ -28,7 +28,7 @@ def read_file(path: str, defaults: dict[str, Any]) -> tuple[list[Entry], list[st
             if count > ROWS:
                 raise AttnCtrlError(f"{file.name!r} has more than {ROWS} rows\nHINT: attnctrl batch draws any number")
             try:
-                wrong += [f"line {row.line}: {reason}" for reason in naming_files(row.values())]
+                wrong += [f"line {row.line}: {reason}" for reason in unsafe_parts(row.values())]
             except AttnCtrlError:
                 continue  # told below, with the other rows
         if wrong:

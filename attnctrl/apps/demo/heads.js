@@ -1,16 +1,38 @@
-// Layers x heads as a grid of toggles. props.value = {layers: [heads of layer 0, …], heads: [[layer, head, weight], …]}.
+// Layers x heads as a grid of toggles, coloured by their scores where there are any. props.value = {layers: [heads of layer 0, …],
+// heads: [[layer, head, weight], …], scores: [[layer, head, score], …], about: what the scores are}.
 const table = document.createElement('div');
 const said = document.createElement('p');
 table.className = 'table';
 said.className = 'said';
 said.setAttribute('aria-live', 'polite');
-let layers = [], weights = new Map(), at = [0, 0];
+const scale = document.createElement('div');
+scale.className = 'scale';
+let layers = [], weights = new Map(), at = [0, 0], scores = [], about = '';
 
 const key = (layer, head) => `${layer}.${head}`;
 const cell = (layer, head) => table.querySelector(`[data-key="${key(layer, head)}"]`);
 const publish = () => {
   const heads = [...weights].map(([name, weight]) => [...name.split('.').map(Number), weight]);
-  props.value = {layers, heads: heads.sort((a, b) => a[0] - b[0] || a[1] - b[1])};
+  props.value = {layers, heads: heads.sort((a, b) => a[0] - b[0] || a[1] - b[1]), scores, about};
+};
+const signed = (number) => `${number > 0 ? '+' : ''}${Number(number.toPrecision(3))}`;
+const color = () => {
+  const bound = Math.max(...scores.map(([, , score]) => Math.abs(score)), 1e-12);
+  for (const node of table.querySelectorAll('.head')) {
+    node.className = 'head';
+    node.title = node.dataset.key;
+    node.setAttribute('aria-label', `Layer ${node.dataset.key.replace('.', ', head ')}`);
+  }
+  for (const [layer, head, score] of scores) {
+    const node = cell(layer, head);
+    if (!node) continue;
+    node.classList.add(score < 0 ? 'worse' : 'better');
+    node.style.setProperty('--score', Math.abs(score) / bound);
+    node.title += `: ${signed(score)}`;
+    node.setAttribute('aria-label', `${node.getAttribute('aria-label')}, ${signed(score)}`);
+  }
+  scale.hidden = !scores.length;
+  scale.replaceChildren(...[signed(-bound), '', signed(bound), about].map((text) => Object.assign(document.createElement('span'), {textContent: text})));
 };
 const show = () => {
   for (const node of table.querySelectorAll('.head')) {
@@ -46,10 +68,9 @@ const build = () => {
     table.append(row);
     for (let head = 0; head < widest; head++) {
       if (head >= count) { table.append(document.createElement('span')); continue; }
-      const node = button('', `Layer ${layer}, head ${head}`, () => toggle([key(layer, head)]));
+      const node = button('', '', () => toggle([key(layer, head)]));
       node.className = 'head';
       node.dataset.key = key(layer, head);
-      node.title = key(layer, head);
       node.addEventListener('focus', () => { at = [layer, head]; });
       table.append(node);
     }
@@ -69,8 +90,10 @@ const take = () => {
   const value = props.value || {};
   if (JSON.stringify(value.layers || []) !== JSON.stringify(layers)) { layers = value.layers || []; at = [0, 0]; build(); }
   weights = new Map((value.heads || []).map(([layer, head, weight]) => [key(layer, head), weight]));
+  [scores, about] = [value.scores || [], value.about || ''];
+  color();
   show();
 };
 watch('value', take);
-element.replaceChildren(table, bar);
+element.replaceChildren(table, scale, bar);
 take();

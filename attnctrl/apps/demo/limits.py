@@ -1,9 +1,11 @@
-"""What the page may ask for: sizes, numbers, and nothing that names a file."""
+"""What the page may ask for: sizes, numbers, masks that are small, and nothing that names a file."""
 
 from __future__ import annotations
 
 import ast
+import base64
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +21,8 @@ from ..batch.schema import short
 
 UPLOAD = 16 * 2**20  # bytes of a file
 PIXELS = 4096 * 4096  # of an uploaded picture
+MASK = 2**20  # bytes of a painted mask
+MASK_SIDE = 1024  # its pixels
 DRAWN_PIXELS = 2048 * 2048  # of a picture that is made
 STEPS = 150
 REGIONS = 24
@@ -33,7 +37,7 @@ def guard_pillow() -> None:
 
 def admit(values: dict[str, Any]) -> Request:
     """A request from the page. Raises AttnCtrlError with everything that is wrong with it."""
-    wrong = list(naming_files(values))
+    wrong = list(unsafe_parts(values))
     request = None
     if not wrong:
         request, wrong = check_values({"id": "picture", **values})
@@ -43,17 +47,17 @@ def admit(values: dict[str, Any]) -> Request:
     return request
 
 
-def naming_files(values: dict[str, Any]) -> Iterator[str]:
-    """Parts of a request that would make the server open a file."""
-    yield from _files_of(values)
+def unsafe_parts(values: dict[str, Any]) -> Iterator[str]:
+    """Parts of a request that would make the server open a file, or unpack a picture that is no small mask."""
+    yield from _unsafe_parts(values)
     controls = values.get("controls")
     for item in controls if isinstance(controls, list) else ():
         item = _arguments(item) if isinstance(item, str) else item
         if isinstance(item, dict):
-            yield from _files_of(item)
+            yield from _unsafe_parts(item)
 
 
-def _files_of(values: dict[str, Any]) -> Iterator[str]:
+def _unsafe_parts(values: dict[str, Any]) -> Iterator[str]:
     heads, regions = values.get("heads"), values.get("regions")
     if isinstance(heads, dict) or (isinstance(heads, str) and not _HEADS.fullmatch(heads)):
         yield f"heads {short(heads)} are not written as 3.5,4.2; files are not read here"
@@ -64,6 +68,24 @@ def _files_of(values: dict[str, Any]) -> Iterator[str]:
             yield f"region {short(region)} has no box of four numbers; files are not read here"
         elif isinstance(region, dict) and region.get("mask") is not None and region.get("mask_png") is None:
             yield f"region {short(region.get('prompt'))} names a mask file; mask_png holds a mask itself"
+        elif isinstance(region, dict) and region.get("mask_png") is not None and not _is_mask(region["mask_png"]):
+            yield (
+                f"region {short(region.get('prompt'))} has a mask_png that is no PNG of at most {MASK_SIDE} x {MASK_SIDE} "
+                f"pixels and {MASK} bytes in base64"
+            )
+
+
+def _is_mask(text: Any) -> bool:
+    """Whether a text is base64 of a small PNG, by its first bytes; nothing is unpacked."""
+    if not isinstance(text, str) or len(text) > MASK * 4 // 3:
+        return False
+    try:
+        data = base64.b64decode(text[:64], validate=True)
+    except ValueError:
+        return False
+    if len(data) < 24 or data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR":
+        return False
+    return max(struct.unpack(">II", data[16:24])) <= MASK_SIDE
 
 
 def _texts(value: Any) -> Iterator[str]:

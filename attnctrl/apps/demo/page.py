@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 
 from ...errors import AttnCtrlError
-from ...heads import HeadSet
+from ...heads import PRESET, HeadSet
 from ..batch.request import Request
 from ..batch.rows import ENDINGS
 from ..generate import EARLY
@@ -25,6 +25,7 @@ from .forms import Field, read_form, summary
 from .forms import controls as control_forms
 from .limits import STEPS, admit, check_upload, picture_request
 from .parts import say
+from .scores import scores_of
 from .studio import Picture, Step, Stopped, Studio
 
 
@@ -175,6 +176,7 @@ class Page:
                     "Open a picture of attnctrl", file_types=[".png", ".webp"], size="sm", elem_id="open-picture"
                 )
                 self.compare = gr.Checkbox(True, label="Also draw it without control")
+                self.attend = gr.Checkbox(True, label="Show where each region attended")
                 with gr.Accordion("Regions", open=False):
                     self._form(REGIONAL)
                 others = [name for name in self.forms if name != REGIONAL]
@@ -186,6 +188,8 @@ class Page:
                     self.groups[name] = group
             with gr.Column(min_width=300):
                 self.made = self._results("compose")
+                with gr.Accordion("Where each region attended", visible=False) as self.attended:
+                    self.maps = parts.attention_maps()
                 with gr.Accordion("Code", open=False):
                     self.cli = gr.Code(
                         label="Command line", elem_id="cli", language="shell", interactive=False, wrap_lines=True
@@ -194,7 +198,7 @@ class Page:
         self.shelf = gr.State([])
         self.gallery = gr.Gallery(
             label="This session",
-            columns=6,
+            columns=4,
             fit_columns=False,
             height="auto",
             interactive=False,
@@ -206,6 +210,10 @@ class Page:
     def _heads(self) -> None:
         with gr.Row():
             with gr.Column(min_width=300):
+                presets = list(HeadSet.presets())
+                self.preset = gr.Dropdown(
+                    presets, value=None, label="Preset", visible=bool(presets), elem_id="head-preset"
+                )
                 self.grid = parts.head_grid()
                 self.strength = gr.Slider(0, 1, 1, step=0.05, label="Strength", elem_id="strength")
                 self.scale = gr.Slider(-10, 20, 3, step=0.5, label="Scale", elem_id="scale")
@@ -282,8 +290,8 @@ class Page:
         )
         run = self.made["run"].click(
             in_page(self.compose, self.made["status"]),
-            [self.shelf, self.canvas, self.compare, self.picker, *self.settings, *every],
-            [*self._places(self.made), self.cli, self.python, self.shelf, self.gallery],
+            [self.shelf, self.canvas, self.compare, self.attend, self.picker, *self.settings, *every],
+            [*self._places(self.made), self.attended, self.maps, self.cli, self.python, self.shelf, self.gallery],
             show_progress="hidden",
             **DEVICE,
             **OWN,
@@ -325,7 +333,8 @@ class Page:
             **OWN,
         )
         self.grid.change(in_page(self.save_heads), self.grid, self.save, show_progress="hidden", queue=False, **OWN)
-        self.load.upload(in_page(self.load_heads), [self.load, self.grid], self.grid, **OWN)
+        self.load.upload(in_page(self.load_heads), self.load, self.grid, **OWN)
+        self.preset.input(in_page(self.take_preset), self.preset, self.grid, **OWN)
         softpag = self.widgets["SoftPAG"]
         self.use.click(
             in_page(self.use_heads),
@@ -390,7 +399,14 @@ class Page:
         return {name: value for name, value in given.items() if value not in (None, "")}
 
     def compose(
-        self, request: gr.Request, shelf: list, canvas: Any, compare: bool, names: list[str], *values: Any
+        self,
+        request: gr.Request,
+        shelf: list,
+        canvas: Any,
+        compare: bool,
+        attend: bool,
+        names: list[str],
+        *values: Any,
     ) -> Iterator[dict]:
         settings, rest = values[: len(SETTINGS)], iter(values[len(SETTINGS) :])
         filled = {name: {field: next(rest) for field in self.widgets[name]} for name in self.forms}
@@ -400,14 +416,32 @@ class Page:
         asked = self.request(settings, controls)
         job, made = self.studio.job(asked), asked.make_controls()
         python = as_python(job, made, self.studio.model.made, self.studio.model.absent)
-        yield {self.cli: as_cli(job, made), self.python: python, self.made["status"]: say(WAITING)}
+        yield {
+            self.cli: as_cli(job, made),
+            self.python: python,
+            self.made["status"]: say(WAITING),
+            self.attended: gr.Accordion(visible=False),
+        }
         self.studio.refuse(asked)
         twin = self.request(settings, ()) if compare and controls else None
-        for update, pictures in self.watch(self.made, asked, twin, request):
+        for update, pictures in self.watch(self.made, asked, twin, request, attend):
+            if pictures and pictures[0].maps is not None:
+                maps = self.attention(pictures[0], made, canvas)
+                update |= {self.maps: maps, self.attended: gr.Accordion(visible=True)}
             if pictures:
                 shelf = [*((str(p.file), f"seed {p.facts['seed']} · {p.title}") for p in pictures), *shelf][:KEPT]
                 update |= {self.shelf: shelf, self.gallery: gr.Gallery(shelf, visible=True)}
             yield update
+
+    @staticmethod
+    def attention(picture: Picture, controls: Sequence[Any], canvas: Any) -> dict[str, Any]:
+        """What the page shows of where a picture attended."""
+        from .attention import overlay, ruling
+
+        if isinstance(picture.maps, str):
+            return {"note": f"The attention could not be recorded: {picture.maps}"}
+        shown = [(str(box.get("name") or box["prompt"]), str(box.get("color"))) for box in canvas["boxes"]]
+        return overlay(picture.image, picture.maps, ruling(controls), shown)
 
     def perturb(
         self, request: gr.Request, grid: Any, scale: float, target: str, strength: float, *settings: Any
@@ -418,7 +452,7 @@ class Page:
             yield update
 
     def watch(
-        self, made: dict[str, Any], asked: Request, twin: Request | None, request: gr.Request
+        self, made: dict[str, Any], asked: Request, twin: Request | None, request: gr.Request, maps: bool = False
     ) -> Iterator[tuple[dict, list[Picture]]]:
         """Updates while a picture and its twin without control form; with the last one come the pictures."""
         visitor = self.studio.visitor(request.session_hash)
@@ -436,7 +470,7 @@ class Page:
             [],
         )
         try:
-            for event in self.studio.draw(tasks, visitor.folder, stop, previews=True):
+            for event in self.studio.draw(tasks, visitor.folder, stop, previews=True, maps=maps):
                 if isinstance(event, Picture):
                     pictures.append(event)
                     if event is pictures[0]:
@@ -499,22 +533,34 @@ class Page:
         chosen.save(Path(folder) / "head_set.json")
         return gr.DownloadButton(value=str(Path(folder) / "head_set.json"), interactive=True)
 
-    def load_heads(self, path: str, grid: Any) -> Any:
-        file, layers = check_upload(path, (".json", ".txt", ".csv")), self.studio.model.layers
+    def load_heads(self, path: str) -> dict[str, Any]:
+        file = check_upload(path, (".json", ".txt", ".csv"))
         try:
-            heads = HeadSet.parse(file).heads
+            heads = HeadSet.parse(file)
         except AttnCtrlError as error:
             raise AttnCtrlError(str(error).replace(str(file), file.name)) from None
+        return self.shown_heads(heads, file)
+
+    def take_preset(self, name: str | None) -> dict[str, Any]:
+        if name not in HeadSet.presets():
+            raise AttnCtrlError(f"there is no head preset {str(name)[:40]!r}\nHINT: one of the list")
+        return self.shown_heads(HeadSet.parse(PRESET + name))
+
+    def shown_heads(self, heads: HeadSet, file: Path | None = None) -> dict[str, Any]:
+        """The grid with a head set chosen, and with its scores. Raises AttnCtrlError for heads that the model does not have."""
+        layers = self.studio.model.layers
         unknown = [
             f"{layer}.{head}"
-            for layer, head, _ in heads
+            for layer, head, _ in heads.heads
             if not isinstance(layer, int) or not 0 <= layer < len(layers) or not 0 <= head < layers[layer]
         ]
         if unknown:
             raise AttnCtrlError(
                 f"the model has no heads {', '.join(unknown[:8])}\nHINT: it has layers 0 to {len(layers) - 1}"
             )
-        return {"layers": list(layers), "heads": [list(head) for head in heads]}
+        scores, about = scores_of(heads, layers, file)
+        chosen = [list(head) for head in heads.heads]
+        return {"layers": list(layers), "heads": chosen, "scores": scores, "about": about}
 
     def use_heads(self, grid: Any, scale: float, target: str, strength: float, names: list[str]) -> tuple[Any, ...]:
         control = self.softpag(grid, scale, target, strength)

@@ -1,4 +1,4 @@
-"""The page's own parts: a canvas for boxes, a grid of heads, a line that says what is going on; each `gr.HTML` with a script beside
+"""The page's own parts: a canvas for boxes and masks, a grid of heads, maps over a picture, a line that says what is going on; each `gr.HTML` with a script beside
 this file. Their values are plain data that the scripts write with textContent, never as HTML."""
 
 from __future__ import annotations
@@ -25,12 +25,18 @@ def part(name: str, value: Any, **options: Any) -> gr.HTML:
 
 
 def canvas() -> gr.HTML:
-    """Value: {"ratio": width / height, "boxes": [{"name", "prompt", "color", "box": [left, top, right, bottom]}]}, fractions."""
+    """Value: {"ratio": width / height, "boxes": [{"name", "prompt", "color", "box": [left, top, right, bottom]}]}, fractions; painted ones
+    have "mask", a PNG in base64, instead of "box"."""
     return part("canvas", EMPTY, palette=list(PALETTE), elem_id="canvas")
 
 
+def attention_maps() -> gr.HTML:
+    """Value: what `attention.overlay` returns, or {"note": text} alone."""
+    return part("attention", {}, elem_id="attention")
+
+
 def head_grid() -> gr.HTML:
-    """Value: {"layers": [heads of layer 0, …], "heads": [[layer, head, weight], …]}."""
+    """Value: {"layers": [heads of layer 0, …], "heads": [[layer, head, weight], …], "scores": [[layer, head, score], …], "about": text}."""
     return part("heads", {"layers": [], "heads": []}, elem_id="heads")
 
 
@@ -44,33 +50,40 @@ def say(text: str, done: int = 0, total: int = 0) -> dict[str, Any]:
 
 
 def boxes_of(value: Any) -> list[dict[str, Any]]:
-    """The canvas's boxes as regions of a request. Raises AttnCtrlError for a box without a prompt."""
+    """The canvas's boxes and masks as regions of a request. Raises AttnCtrlError for one without a prompt."""
     boxes = value.get("boxes") if isinstance(value, dict) else None
     if not isinstance(boxes, list) or not all(isinstance(box, dict) for box in boxes):
         raise AttnCtrlError("the canvas holds no list of boxes\nHINT: reload the page")
     for number, box in enumerate(boxes, 1):
         if not str(box.get("prompt") or "").strip():
+            kind = "Mask" if box.get("mask") else "Box"
             raise AttnCtrlError(
-                f"{box.get('name') or f'Box {number}'} has no prompt\nHINT: say what it shows, or delete it"
+                f"{box.get('name') or f'{kind} {number}'} has no prompt\nHINT: say what it shows, or delete it"
             )
-    return [{"prompt": str(box["prompt"]).strip(), "box": box.get("box")} for box in boxes]
+    return [{"prompt": str(box["prompt"]).strip(), **_place(box)} for box in boxes]
+
+
+def _place(box: dict[str, Any]) -> dict[str, Any]:
+    return {"mask_png": box["mask"]} if box.get("mask") else {"box": box.get("box")}
 
 
 def boxes_from(regions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Regions of a request as boxes of the canvas. Raises AttnCtrlError for what is no box."""
+    """Regions of a request as boxes and masks of the canvas. Raises AttnCtrlError for what it cannot hold."""
     boxes = []
     for number, region in enumerate(regions):
-        if region.get("box") is None or region.get("strength", 1) != 1:
+        usual = {"strength": 1, "downsample": "area", "feather": 0}
+        if other := [name for name, value in usual.items() if region.get(name, value) != value]:
             raise AttnCtrlError(
-                "the picture has a region with a mask or a strength, which the canvas cannot draw\n"
+                f"the picture has a region with a {' and a '.join(other)} of its own, which the canvas cannot hold\n"
                 "HINT: attnctrl generate --from PICTURE makes it again"
             )
+        box = region.get("box")
         boxes.append(
             {
                 "name": "",
                 "prompt": region["prompt"],
                 "color": PALETTE[number % len(PALETTE)],
-                "box": list(region["box"]),
+                **({"mask": region.get("mask_png")} if box is None else {"box": list(box)}),
             }
         )
     return boxes

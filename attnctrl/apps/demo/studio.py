@@ -46,12 +46,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Picture:
-    """A finished picture. `file` is a PNG with its whole request."""
+    """A finished picture. `file` is a PNG with its whole request. `maps`: where it attended to its regions, (regions, rows, columns), or why
+    that is not known; None where it was not asked for."""
 
     title: str
     file: Path
     image: Image.Image
     facts: dict[str, Any]
+    maps: Any = None
 
 
 @dataclass(frozen=True)
@@ -158,13 +160,23 @@ class Studio:
         self._worker.submit(self._check, request).result()
 
     def draw(
-        self, asked: Sequence[tuple[str, Request]], folder: Path, stop: Event, previews: bool = False
+        self,
+        asked: Sequence[tuple[str, Request]],
+        folder: Path,
+        stop: Event,
+        previews: bool = False,
+        maps: bool = False,
     ) -> Iterator[Step | Picture]:
-        """Makes one picture for each (title, request), with files below `folder`. Raises Stopped after `stop` was set."""
+        """Makes one picture for each (title, request), with files below `folder`. Raises Stopped after `stop` was set.
+
+        Args:
+            maps: record where the first picture attends to its regions.
+        """
         try:
-            for title, request in asked:
+            for number, (title, request) in enumerate(asked):
                 told: SimpleQueue[Step | None] = SimpleQueue()
-                making = self._worker.submit(self._make, title, request, folder, stop, told.put, previews)
+                first = maps and number == 0
+                making = self._worker.submit(self._make, title, request, folder, stop, told.put, previews, first)
                 making.add_done_callback(lambda _, told=told: told.put(None))
                 while (step := told.get()) is not None:
                     yield step
@@ -187,23 +199,38 @@ class Studio:
         stop: Event,
         tell: Callable[[Step], None],
         previews: bool,
+        maps: bool,
     ) -> Picture:
         from ...processors import Session
+        from .attention import region_maps
 
         if stop.is_set():
             raise Stopped
         model, job, controls = self.model, self.job(request), request.make_controls()
         arguments = call_arguments(job, model.pipeline)
-        tell(Step(title, 0, job.steps))
         known = inspect.signature(model.pipeline.__call__).parameters
-        watch = _Watch(title, job.steps, stop, tell, previews)
-        arguments |= {"callback_on_step_end": watch} if "callback_on_step_end" in known else {}
-        with Session(model.pipeline, *controls) if controls else nullcontext():
-            image = sample(model.pipeline, arguments, [job.seed], None)[0]
+
+        def run(*recorders: Any) -> Image.Image:
+            tell(Step(title, 0, job.steps))
+            watch = _Watch(title, job.steps, stop, tell, previews)
+            callback = {"callback_on_step_end": watch} if "callback_on_step_end" in known else {}
+            with Session(model.pipeline, *controls, *recorders) if controls else nullcontext():
+                return sample(model.pipeline, arguments | callback, [job.seed], None)[0]
+
+        recorder = region_maps(model.pipeline, controls) if maps else None
+        found = None
+        if recorder is None:
+            image = run()
+        else:
+            try:
+                image = run(recorder)
+                found = recorder.maps()[0]
+            except AttnCtrlError as error:  # of the recorder, or the picture fails again
+                image, found = run(), str(error).splitlines()[0]
         facts = {**job.request(controls, model.made), **picture_facts(image, job.seed, 0, 1)}
         file = Path(tempfile.mkdtemp(dir=folder)) / f"{job.stem(facts)}-{job.seed}.png"
         file.write_bytes(encode(image, "png", facts))
-        return Picture(title, file, image, facts)
+        return Picture(title, file, image, facts, found)
 
 
 class _Watch:
