@@ -104,6 +104,11 @@ TRIALS = (
         {"strength": 0.0},
     ),
     Trial("SharedAttention", lambda s, b: ac.SharedAttention(layers=[middle(s)]), {"strength": 0.0}),
+    Trial(
+        "ConstrainedCrossAttention",
+        lambda s, b: ac.ConstrainedCrossAttention({"subject": (0, 0, 0.5, 1)}, {"subject": [1]}),
+        {"strength": 0.0},
+    ),
     Trial("SubjectMasks", lambda s, b: ac.SubjectMasks({"subject": [0]}, stop=1.0), {}, changes=False),
 )
 
