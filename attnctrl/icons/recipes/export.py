@@ -43,7 +43,9 @@ def export(output: Path, to: Path) -> None:
     encoder = CLIPTextModelWithProjection.from_pretrained(output / "text_encoder")
     encoder.load_state_dict(state["encoder"])
     trained = AutoencoderKL.from_pretrained(output / "vae")
-    vae = AutoencoderKL.from_config({name: value for name, value in trained.config.items() if name[0] != "_"})  # without its folder's path
+    vae = AutoencoderKL.from_config(
+        {name: value for name, value in trained.config.items() if name[0] != "_"}
+    )  # without its folder's path
     vae.load_state_dict(trained.state_dict())
     tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
     pipeline = assemble(vae, tokenizer, encoder, model)
