@@ -580,6 +580,14 @@ def demo(
     lora: Lora = None,
     attention_backend: Backend = None,
     cpu_offload: Offload = False,
+    vlm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="A vision-language model, a local folder or a hub id: the page gets a tab for questions about pictures.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     allow_model_choice: Annotated[
         bool, typer.Option("--allow-model-choice", help="Visitors may load other models.", rich_help_panel=MODEL)
     ] = False,
@@ -592,7 +600,7 @@ def demo(
         bool, typer.Option("--mcp", help="Serve the endpoints as tools of the Model Context Protocol too.")
     ] = False,
 ) -> None:
-    """Open the toolkit in a browser: draw boxes, choose heads, run files of requests. Needs `pip install 'attnctrl[demo]'`."""
+    """Open the toolkit in a browser: draw boxes, choose heads, run files of requests, ask about pictures. Needs `pip install 'attnctrl[demo]'`."""
     from .demo.serve import serve
     from .generate import Job
 
@@ -608,7 +616,7 @@ def demo(
         cpu_offload=cpu_offload,
         output=Path(tempfile.gettempdir()),
     )
-    serve(job, host, port, allow_model_choice, mcp, browser)
+    serve(job, host, port, allow_model_choice, mcp, browser, vlm=vlm)
 
 
 @app.command(no_args_is_help=True)

@@ -98,7 +98,7 @@ def overlay(
         alpha = Image.fromarray(scaled.square().mul(255).byte().numpy())  # the strong parts stand out
         tinted = Image.new("RGB", alpha.size, _rgb(color, PALETTE[index % len(PALETTE)]))
         tinted.putalpha(alpha)
-        rows.append({"name": name, "color": color, "png": _text(tinted, "PNG"), "about": f"up to {high:.0%}{ratio}"})
+        rows.append({"name": name, "color": color, "png": as_text(tinted, "PNG"), "about": f"up to {high:.0%}{ratio}"})
     small = picture.convert("RGB")
     small.thumbnail((SHOWN, SHOWN))
     window = f"{regional.start:.0%} to {regional.stop:.0%} of the steps"
@@ -106,7 +106,7 @@ def overlay(
         "How much each place of the picture attends to the words of a region's prompt: the mean over heads, layers and "
         f"{window}, in which the regions rule. It is measured before they do: outside of its region a prompt is then withheld."
     )
-    return {"picture": _text(small, "WEBP"), "maps": rows, "note": note}
+    return {"picture": as_text(small, "WEBP"), "maps": rows, "note": note}
 
 
 def _rgb(color: str, preset: str) -> tuple[int, int, int]:
@@ -116,7 +116,8 @@ def _rgb(color: str, preset: str) -> tuple[int, int, int]:
         return ImageColor.getrgb(preset)
 
 
-def _text(image: Image.Image, kind: str) -> str:
+def as_text(image: Image.Image, kind: str) -> str:
+    """A picture file in base64."""
     buffer = io.BytesIO()
     image.save(buffer, format=kind)
     return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
+from ...controls.spec import control_types
 from ...errors import AttnCtrlError
 from ..batch.schema import arguments_schema, picture_controls
 
 
-Kind = Literal["switch", "choice", "fraction", "number", "whole", "numbers", "text"]
+Kind = Literal["switch", "choice", "fraction", "number", "whole", "numbers", "list", "text"]
+PICTURES_ONLY = ("scale", "start", "stop", "sigma")  # arguments that mean something in denoising steps alone
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,12 @@ class Field:
     """One argument of a control as a form asks for it.
 
     Args:
-        kind: "fraction" is a number from 0 to 1, "numbers" a list such as ``0.1, 0.9``; empty numbers and texts are left out. A number
-            without a default, or with the default "inf", is typed as text.
+        kind: "fraction" is a number from 0 to 1, "numbers" a list such as ``0.1, 0.9``, "list" one of whole numbers ``7, 12`` or of words
+            and ranges ``the red car; 5:20``; empty numbers and texts are left out. A number without a default, or with the default "inf",
+            is typed as text.
         default: what the control takes when the argument is left out; None also where it has to be given.
         about: its explanation in the control's docstring.
-        choices: of kind "choice".
+        choices: of kind "choice", and words that stand for a whole list.
     """
 
     name: str
@@ -38,9 +41,9 @@ class Field:
 
     @property
     def brief(self) -> str:
-        """The first part of the explanation."""
+        """The first part of the explanation; nothing where that is a number alone, the default."""
         text = re.split(r"(?<=[.;])\s", self.about)[0].rstrip(";. ")
-        return text[:1].upper() + text[1:]
+        return "" if re.fullmatch(r"[\d.]+", text) else text[:1].upper() + text[1:]
 
     def read(self, value: Any) -> Any:
         """What a widget holds as an argument; None where it is to be left out."""
@@ -50,6 +53,8 @@ class Field:
             return None
         if self.kind == "numbers":
             return [_number(part, self.name) for part in str(value).split(",")]
+        if self.kind == "list":
+            return value if value in self.choices else _entries(str(value))
         if self.kind == "number" and isinstance(value, str):
             return "inf" if value.lower() in ("inf", "infinity") else _number(value, self.name)
         if self.kind == "whole":
@@ -77,13 +82,30 @@ def controls() -> dict[str, tuple[Field, ...]]:
     return {name: form for name, form in forms.items() if form is not None}
 
 
-def fields(kind: type) -> tuple[Field, ...] | None:
-    """The form of a control; None where an argument cannot be typed. Regions are drawn, and functions have no form."""
+@cache
+def language_controls() -> dict[str, tuple[Field, ...]]:
+    """The form of every control of language models, by name. The tokenizer is the model's, and attention is recorded without being asked."""
+    from ...controls import HeadScale, LanguageControl, RecordAttention
+
+    forms = {}
+    for name, kind in control_types().items():
+        if issubclass(kind, (LanguageControl, HeadScale)) and kind is not RecordAttention:
+            left_out = ("tokenizer", *(() if issubclass(kind, LanguageControl) else PICTURES_ONLY))
+            forms[name] = fields(kind, left_out, lists=True)
+    return {name: form for name, form in forms.items() if form is not None}
+
+
+def fields(kind: type, left_out: Sequence[str] = ("regions",), lists: bool = False) -> tuple[Field, ...] | None:
+    """The form of a control; None where an argument cannot be typed. Regions are drawn, and functions have no form.
+
+    Args:
+        lists: lists of whole numbers, words and ranges are typed.
+    """
     schema, about = arguments_schema(kind), explanations(kind)
     form = tuple(
-        _field(name, part, about.get(name, ""), name in schema["required"])
+        _field(name, part, about.get(name, ""), name in schema["required"], lists)
         for name, part in schema["properties"].items()
-        if name != "regions" and part != {"type": "null"}
+        if name not in left_out and part != {"type": "null"}
     )
     return None if None in form else form
 
@@ -105,9 +127,13 @@ def explanations(kind: type) -> dict[str, str]:
     return found
 
 
-def read_form(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A filled form as a request's control. Raises AttnCtrlError for what cannot be read, and for what is missing."""
-    form = controls()[name]
+def read_form(name: str, values: Mapping[str, Any], form: Sequence[Field] | None = None) -> dict[str, Any]:
+    """A filled form as a request's control. Raises AttnCtrlError for what cannot be read, and for what is missing.
+
+    Args:
+        form: None takes that of a control of pictures.
+    """
+    form = controls()[name] if form is None else form
     arguments = {field.name: field.read(values.get(field.name)) for field in form}
     missing = [field.name for field in form if field.needed and arguments[field.name] is None]
     if missing:
@@ -115,7 +141,7 @@ def read_form(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {"control": name, **{key: value for key, value in arguments.items() if value is not None}}
 
 
-def _field(name: str, schema: dict[str, Any], about: str, needed: bool) -> Field | None:
+def _field(name: str, schema: dict[str, Any], about: str, needed: bool, lists: bool) -> Field | None:
     parts = schema.get("anyOf", [schema])
     types = {part.get("type") for part in parts} - {"null"}
     default, choices = schema.get("default"), ()
@@ -132,6 +158,8 @@ def _field(name: str, schema: dict[str, Any], about: str, needed: bool) -> Field
         kind = "numbers"
     elif "string" in types:
         kind = "text"
+    elif lists and types <= {"array", None}:
+        kind, choices = "list", tuple(choice for part in parts for choice in part.get("enum", ()))
     else:
         return None
     return Field(name, kind, default, about, choices, needed)
@@ -147,6 +175,17 @@ def _number(text: str, name: str) -> float:
             f"{name}: {text.strip()[:40]!r} is no number\nHINT: 0.5, or 0.1, 0.9 where two are asked for"
         )
     return number
+
+
+def _entries(text: str) -> list[int | str | tuple[int, int]]:
+    """``7, 12`` as numbers; ``the red car; 5:20`` as words and a range."""
+    if re.fullmatch(r"\d{1,9}(\s*,\s*\d{1,9})*", text):
+        return [int(part) for part in text.split(",")]
+    found = []
+    for part in filter(None, map(str.strip, text.split(";"))):
+        span = re.fullmatch(r"(\d{1,9})\s*:\s*(\d{1,9})", part)
+        found.append((int(span[1]), int(span[2])) if span else part)
+    return found
 
 
 def _listed(value: list | tuple) -> str:

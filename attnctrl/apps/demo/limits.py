@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ...errors import AttnCtrlError
 from ..batch.pictures import read_request
@@ -21,6 +21,10 @@ from ..batch.schema import short
 
 UPLOAD = 16 * 2**20  # bytes of a file
 PIXELS = 4096 * 4096  # of an uploaded picture
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # endings of a picture to ask about
+SIDE = 1536  # pixels of its longer side
+QUESTION = 4000  # characters
+TOKENS = 512  # of an answer
 MASK = 2**20  # bytes of a painted mask
 MASK_SIDE = 1024  # its pixels
 DRAWN_PIXELS = 2048 * 2048  # of a picture that is made
@@ -141,21 +145,40 @@ def check_upload(path: str, endings: tuple[str, ...]) -> Path:
 
 
 def picture_request(path: str) -> dict[str, Any]:
-    """The request that an uploaded picture carries. Its pixels are counted before they are unpacked."""
-    file = check_upload(path, (".png", ".webp"))
-    try:
-        with Image.open(file, formats=("PNG", "WEBP")) as image:
-            large = image.width * image.height > PIXELS
-    except Image.DecompressionBombError:
-        large = True
-    except (OSError, ValueError, SyntaxError):
-        raise AttnCtrlError(f"{file.name!r} is no picture\nHINT: a PNG or WebP picture of attnctrl") from None
-    if large:
-        raise AttnCtrlError(f"{file.name!r} has more than {PIXELS} pixels\nHINT: a smaller picture")
+    """The request that an uploaded picture carries."""
+    file = _check_picture(path, {".png": "PNG", ".webp": "WEBP"}, "a PNG or WebP picture of attnctrl")
     try:
         return read_request(file)
     except AttnCtrlError as error:
         raise AttnCtrlError(str(error).replace(str(file), file.name)) from None
+
+
+def picture_upload(path: str) -> Image.Image:
+    """An uploaded picture as RGB, upright, its longer side at most SIDE pixels. Raises AttnCtrlError."""
+    file = _check_picture(path, PICTURES, "a PNG, JPEG or WebP picture")
+    try:
+        with Image.open(file, formats=tuple(set(PICTURES.values()))) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        reason = str(error).replace(str(file), file.name)
+        raise AttnCtrlError(f"{file.name!r} cannot be read as a picture: {reason}\nHINT: upload it again") from None
+    upright.thumbnail((SIDE, SIDE))
+    return upright
+
+
+def _check_picture(path: str, formats: dict[str, str], hint: str) -> Path:
+    """An uploaded picture of some formats. Its pixels are counted before they are unpacked."""
+    file = check_upload(path, tuple(formats))
+    try:
+        with Image.open(file, formats=tuple(set(formats.values()))) as image:
+            large = image.width * image.height > PIXELS
+    except Image.DecompressionBombError:
+        large = True
+    except (OSError, ValueError, SyntaxError):
+        raise AttnCtrlError(f"{file.name!r} is no picture\nHINT: {hint}") from None
+    if large:
+        raise AttnCtrlError(f"{file.name!r} has more than {PIXELS} pixels\nHINT: a smaller picture")
+    return file
 
 
 def _by_name(reason: str, values: dict[str, Any]) -> str:

@@ -1,13 +1,11 @@
-"""The page of `attnctrl demo`: Compose, Heads and Batch, and the same as endpoints for `gradio_client` and MCP."""
+"""The page of `attnctrl demo`: Compose, Heads, Batch and Ask, and the same as endpoints for `gradio_client` and MCP."""
 
 from __future__ import annotations
 
-import functools
 import html
-import inspect
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,13 @@ from ..batch.request import Request
 from ..batch.rows import ENDINGS
 from ..generate import EARLY
 from . import parts
+from .ask import Ask, explained
 from .code import as_cli, as_python
 from .files import draw_file, read_file
 from .forms import Field, read_form, summary
 from .forms import controls as control_forms
 from .limits import STEPS, admit, check_upload, picture_request
-from .parts import say
+from .parts import DEVICE, OWN, WAITING, in_page, say
 from .scores import scores_of
 from .studio import Picture, Step, Stopped, Studio
 
@@ -32,48 +31,9 @@ from .studio import Picture, Step, Stopped, Studio
 REGIONAL = "RegionalPrompts"
 PRESETS = {(REGIONAL, "stop"): EARLY}
 KEPT = 24  # pictures of a session's gallery
-WAITING = "Waiting for its turn"
 STRENGTHS = "0, 0.25, 0.5, 0.75, 1"
 SETTINGS = ("prompt", "negative_prompt", "seed", "steps", "guidance_scale", "width", "height")
 SIDES = (Field("width", "whole", None), Field("height", "whole", None))
-DEVICE = {"concurrency_id": "device", "concurrency_limit": 1}
-OWN = {"api_visibility": "private"}
-
-
-def in_page(function: Callable, status: gr.HTML | None = None) -> Callable:
-    """Errors of a handler as messages of the page, one line and the hint; those of a generator stay in its `status` too."""
-
-    def text_of(error: Exception) -> str:
-        name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        return name + str(error).replace("\nHINT: ", ". Hint: ")[:2000]
-
-    def shown(error: Exception) -> gr.Error:
-        return gr.Error(html.escape(text_of(error), quote=False), print_exception=not isinstance(error, AttnCtrlError))
-
-    if inspect.isgeneratorfunction(function):
-
-        @functools.wraps(function)
-        def handler(*values: Any) -> Iterator[Any]:
-            try:
-                yield from function(*values)
-            except gr.Error:
-                raise
-            except Exception as error:
-                yield {status: say(text_of(error))}
-                raise shown(error) from None
-
-    else:
-
-        @functools.wraps(function)
-        def handler(*values: Any) -> Any:
-            try:
-                return function(*values)
-            except gr.Error:
-                raise
-            except Exception as error:
-                raise shown(error) from None
-
-    return handler
 
 
 class Page:
@@ -84,7 +44,6 @@ class Page:
         self.forms = control_forms()
         self.widgets: dict[str, dict[str, Any]] = {}
         self.groups: dict[str, gr.Accordion] = {}
-        self.working: list[Any] = []  # events that Stop ends
         self.stops: list[tuple[gr.Button, gr.HTML]] = []
 
     # -- layout --------------------------------------------------------------------------------------------------------------
@@ -102,6 +61,10 @@ class Page:
                     self._heads()
                 with gr.Tab("Batch"):
                     self._batch()
+                self.asking = None
+                if self.studio.vlm_name is not None:
+                    with gr.Tab("Ask"):
+                        self.asking = Ask(self.studio)
             self._endpoints()
             self._connect(blocks)
         return blocks.queue(max_size=64, default_concurrency_limit=1)
@@ -136,12 +99,8 @@ class Page:
         self.settings = [prompt, negative, seed, steps, guidance, width, height]
 
     def _form(self, name: str) -> None:
-        """Fields in two columns, required ones first."""
-        with gr.Row():
-            self.widgets[name] = {}
-            for field in sorted(self.forms[name], key=lambda field: not field.needed):
-                with gr.Column(min_width=240):
-                    self.widgets[name][field.name] = parts.widget(field, PRESETS.get((name, field.name)))
+        presets = {field: value for (control, field), value in PRESETS.items() if control == name}
+        self.widgets[name] = parts.form(self.forms[name], presets)
 
     def _results(self, tab: str) -> dict[str, Any]:
         """Status, buttons and the places of pictures."""
@@ -280,14 +239,7 @@ class Page:
             side.blur(
                 in_page(self.reshape), [self.canvas, *size], self.canvas, show_progress="hidden", queue=False, **OWN
             )
-        self.picker.change(
-            lambda names: [gr.Accordion(visible=name in names) for name in self.groups],
-            self.picker,
-            list(self.groups.values()),
-            show_progress="hidden",
-            queue=False,
-            **OWN,
-        )
+        parts.show_chosen(self.picker, self.groups)
         run = self.made["run"].click(
             in_page(self.compose, self.made["status"]),
             [self.shelf, self.canvas, self.compare, self.attend, self.picker, *self.settings, *every],
@@ -322,10 +274,12 @@ class Page:
             concurrency_limit=1,
             **OWN,
         )
+        working = [run, pair, strip, batch]
+        if self.asking is not None:
+            working.append(self.asking.connect())
+            self.stops.append((self.asking.stop, self.asking.status))
         for button, place in self.stops:
-            button.click(
-                self.halt, None, place, cancels=[run, pair, strip, batch], queue=False, show_progress="hidden", **OWN
-            )
+            button.click(self.halt, None, place, cancels=working, queue=False, show_progress="hidden", **OWN)
         self.open.upload(
             in_page(self.open_picture),
             self.open,
@@ -364,7 +318,8 @@ class Page:
                 gr.skip(),
                 gr.skip(),
             )
-        title = f"# attnctrl\n{html.escape(model.job.model)} · {len(model.layers)} layers"
+        asked = f" · questions to {self.studio.vlm_name}" if self.studio.vlm_name else ""
+        title = f"# attnctrl\n{html.escape(model.job.model)} · {len(model.layers)} layers{html.escape(asked)}"
         return (
             title,
             {**parts.EMPTY, "ratio": model.size[0] / model.size[1]},
@@ -652,6 +607,8 @@ class Page:
             asked = [prompt, regions, controls, negative, seed, steps, guidance]
             gr.Button().click(in_page(self.generate), asked, picture, api_name="generate", **DEVICE)
             gr.Button().click(in_page(self.describe), None, facts, api_name="model")
+            if self.asking is not None:
+                self.asking.endpoint()
 
     def generate(
         self,
@@ -690,10 +647,10 @@ class Page:
         return str(picture.file)
 
     def describe(self) -> dict[str, Any]:
-        """The loaded model: its name, the heads of every layer, and the controls with their arguments."""
+        """The loaded model: its name, the heads of every layer, and the controls with their arguments; and what answers questions."""
         model = self.studio.model
-        known = {name: {field.name: field.about for field in form} for name, form in self.forms.items()}
-        return {"model": model.job.model, "heads": list(model.layers), "controls": known}
+        found = {"model": model.job.model, "heads": list(model.layers), "controls": explained(self.forms)}
+        return found if self.asking is None else {**found, "ask": self.asking.describe()}
 
 
 def _chosen(grid: Any) -> list:

@@ -1,9 +1,12 @@
-"""The page's own parts: a canvas for boxes and masks, a grid of heads, maps over a picture, a line that says what is going on; each `gr.HTML` with a script beside
-this file. Their values are plain data that the scripts write with textContent, never as HTML."""
+"""The page's own parts: a canvas for boxes and masks, a grid of heads, maps over a picture, answers, a line that says what is
+going on; each `gr.HTML` with a script beside this file. Their values are plain data that the scripts write with textContent, never as HTML."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import html
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,9 @@ from .forms import Field
 HERE = Path(__file__).parent
 WRITTEN = {"heads": "3.5, 4.2:0.7 (layer.head:weight)", "layers": "3, 2:6, every:2, mid or all"}
 EMPTY = {"ratio": 1.0, "boxes": []}
+WAITING = "Waiting for its turn"
+DEVICE = {"concurrency_id": "device", "concurrency_limit": 1}
+OWN = {"api_visibility": "private"}
 
 
 def part(name: str, value: Any, **options: Any) -> gr.HTML:
@@ -35,6 +41,11 @@ def attention_maps() -> gr.HTML:
     return part("attention", {}, elem_id="attention")
 
 
+def answers() -> gr.HTML:
+    """Value: what `answers.shown` returns."""
+    return part("answers", {}, elem_id="answers")
+
+
 def head_grid() -> gr.HTML:
     """Value: {"layers": [heads of layer 0, …], "heads": [[layer, head, weight], …], "scores": [[layer, head, score], …], "about": text}."""
     return part("heads", {"layers": [], "heads": []}, elem_id="heads")
@@ -47,6 +58,42 @@ def status(**options: Any) -> gr.HTML:
 
 def say(text: str, done: int = 0, total: int = 0) -> dict[str, Any]:
     return {"text": text, "done": done, "total": total}
+
+
+def in_page(function: Callable, status: gr.HTML | None = None) -> Callable:
+    """Errors of a handler as messages of the page, one line and the hint; those of a generator stay in its `status` too."""
+
+    def text_of(error: Exception) -> str:
+        name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        return name + str(error).replace("\nHINT: ", ". Hint: ")[:2000]
+
+    def shown(error: Exception) -> gr.Error:
+        return gr.Error(html.escape(text_of(error), quote=False), print_exception=not isinstance(error, AttnCtrlError))
+
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def handler(*values: Any) -> Iterator[Any]:
+            try:
+                yield from function(*values)
+            except gr.Error:
+                raise
+            except Exception as error:
+                yield {status: say(text_of(error))}
+                raise shown(error) from None
+
+    else:
+
+        @functools.wraps(function)
+        def handler(*values: Any) -> Any:
+            try:
+                return function(*values)
+            except gr.Error:
+                raise
+            except Exception as error:
+                raise shown(error) from None
+
+    return handler
 
 
 def boxes_of(value: Any) -> list[dict[str, Any]]:
@@ -89,6 +136,28 @@ def boxes_from(regions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return boxes
 
 
+def form(fields: Sequence[Field], presets: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The widgets of a control's form by name, in two columns, required ones first. `presets`: other start values than the defaults."""
+    widgets = {}
+    with gr.Row():
+        for field in sorted(fields, key=lambda field: not field.needed):
+            with gr.Column(min_width=240):
+                widgets[field.name] = widget(field, (presets or {}).get(field.name))
+    return widgets
+
+
+def show_chosen(picker: gr.Dropdown, groups: Mapping[str, gr.Accordion]) -> None:
+    """Opens the forms of the controls that are picked, and no others."""
+    picker.change(
+        lambda names: [gr.Accordion(visible=name in names) for name in groups],
+        picker,
+        list(groups.values()),
+        show_progress="hidden",
+        queue=False,
+        **OWN,
+    )
+
+
 def widget(field: Field, preset: Any = None) -> Any:
     """The component of a form's field. `preset`: another start value than the control's default."""
     value = field.default if preset is None else preset
@@ -103,6 +172,7 @@ def widget(field: Field, preset: Any = None) -> Any:
     if field.kind in ("whole", "number") and isinstance(value, (int, float)):
         return gr.Number(value, precision=0 if field.kind == "whole" else None, label=label, info=about)
     written = WRITTEN.get(field.name)
+    listed = ("7, 12" if field.choices else "the red car; 5:20") if field.kind == "list" else None
     return gr.Textbox(
-        str(value or ""), label=label, info=None if written else about, placeholder=written, max_length=2000
+        str(value or ""), label=label, info=None if written else about, placeholder=written or listed, max_length=2000
     )

@@ -18,6 +18,7 @@ def serve(
     mcp: bool = False,
     browser: bool = False,
     wait: bool = True,
+    vlm: str | None = None,
 ):
     """Serves the page until it is interrupted; without `wait` returns (the running blocks, their studio) at once.
 
@@ -26,6 +27,7 @@ def serve(
         port: None takes the first free one from 7860 on.
         may_choose: visitors may load other models.
         mcp: endpoints are tools of the Model Context Protocol as well.
+        vlm: hub id or folder of a vision-language model, for the tab Ask.
     """
     if importlib.util.find_spec("gradio") is None:
         raise AttnCtrlError("the demo needs gradio, which is not installed\nHINT: pip install 'attnctrl[demo]'")
@@ -39,7 +41,7 @@ def serve(
         from .studio import Studio
 
     guard_pillow()
-    studio = Studio(job, may_choose)
+    studio = Studio(job, may_choose, vlm)
     try:
         blocks = Page(studio).build()
         blocks.launch(
@@ -63,7 +65,7 @@ def serve(
         print(f"attnctrl demo: {blocks.local_url}", flush=True)
         if not wait:
             return blocks, studio
-        _ = studio.model  # raises what went wrong while it was loaded
+        _ = studio.model, vlm and studio.vlm  # raises what went wrong while they were loaded
         blocks.block_thread()
     except OSError as error:
         studio.close()

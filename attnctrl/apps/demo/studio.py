@@ -1,4 +1,4 @@
-"""The loaded model of the demo and the one thread that owns it: pictures in the order in which they were asked for."""
+"""The loaded models of the demo and the one thread that owns them: pictures and answers in the order in which they were asked for."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -25,6 +26,10 @@ from ..batch.pictures import encode
 from ..batch.request import Request
 from ..generate import Job, call_arguments, picture_facts, sample
 
+
+if TYPE_CHECKING:
+    from ...controls import Control
+    from .answers import Answer, Writing
 
 EVERY = 0.3  # seconds between two previews
 SMALL = 32  # latents of a preview: larger ones are averaged down before they are decoded
@@ -94,20 +99,30 @@ class Studio:
     Args:
         job: model, device and the like; what it draws is not used.
         may_choose: visitors may load other models.
+        vlm: hub id or folder of the vision-language model that answers questions; None for none.
     """
 
-    def __init__(self, job: Job, may_choose: bool = False):
+    def __init__(self, job: Job, may_choose: bool = False, vlm: str | None = None):
+        self.vlm_name = vlm
         self.may_choose = may_choose
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="attnctrl-demo")
         self._lock = Lock()
         self._visitors: dict[str, Visitor] = {}
         self._root = Path(tempfile.mkdtemp(prefix="attnctrl-demo-"))
         self._loaded = self._worker.submit(_load, job)
+        self._answering = None if vlm is None else self._worker.submit(_load_vlm, vlm, job)
 
     @property
     def model(self) -> Model:
         """Waits until it is there. Raises what went wrong."""
         return self._loaded.result()
+
+    @property
+    def vlm(self) -> Any:
+        """The `GroundedVLM`; waits until it is there. Raises what went wrong."""
+        if self._answering is None:
+            raise AttnCtrlError("there is no vision-language model here\nHINT: attnctrl demo --vlm MODEL")
+        return self._answering.result()
 
     def choose(self, name: str) -> Model:
         """Loads another model for everybody; the old one stays where that fails."""
@@ -172,15 +187,38 @@ class Studio:
         Args:
             maps: record where the first picture attends to its regions.
         """
+        for number, (title, request) in enumerate(asked):
+            first = maps and number == 0
+            yield from self._turn(partial(self._make, title, request, folder, stop, previews, first), stop)
+
+    def ask(
+        self,
+        asked: Sequence[tuple[str, Sequence[Control]]],
+        image: Image.Image,
+        question: str,
+        tokens: int,
+        stop: Event,
+    ) -> Iterator[Writing | Answer]:
+        """Answers a question about a picture once for each (title, controls). Raises Stopped after `stop` was set.
+
+        Args:
+            tokens: of the longest answer.
+        """
+        from .answers import write_answer
+
+        vlm = self.vlm
+        for title, controls in asked:
+            yield from self._turn(partial(write_answer, vlm, title, controls, image, question, tokens, stop), stop)
+
+    def _turn(self, work: Callable[[Callable[[Any], None]], Any], stop: Event) -> Iterator[Any]:
+        """What some work tells, then its result. It waits for its turn behind what others asked for."""
+        told: SimpleQueue[Any] = SimpleQueue()
+        making = self._worker.submit(work, told.put)
+        making.add_done_callback(lambda _: told.put(None))
         try:
-            for number, (title, request) in enumerate(asked):
-                told: SimpleQueue[Step | None] = SimpleQueue()
-                first = maps and number == 0
-                making = self._worker.submit(self._make, title, request, folder, stop, told.put, previews, first)
-                making.add_done_callback(lambda _, told=told: told.put(None))
-                while (step := told.get()) is not None:
-                    yield step
-                yield making.result()
+            while (event := told.get()) is not None:
+                yield event
+            yield making.result()
         except GeneratorExit:  # the page is gone, or Stop was pressed
             stop.set()
             raise
@@ -197,9 +235,9 @@ class Studio:
         request: Request,
         folder: Path,
         stop: Event,
-        tell: Callable[[Step], None],
         previews: bool,
         maps: bool,
+        tell: Callable[[Step], None],
     ) -> Picture:
         from ...processors import Session
         from .attention import region_maps
@@ -296,3 +334,17 @@ def _load(job: Job) -> Model:
     side = getattr(core.config, "sample_size", None) or getattr(pipeline, "default_sample_size", 128)
     height, width = side if isinstance(side, (list, tuple)) else (side, side)
     return Model(job, pipeline, made, tuple(layers[n] for n in sorted(layers)), (width * factor, height * factor))
+
+
+def _load_vlm(name: str, job: Job) -> Any:
+    with quiet_imports():
+        import torch
+
+        from ...loading import pick_device, quiet_loading
+        from ...pipelines.vlm import GroundedVLM
+        from ..loading import pick_dtype
+
+    device = pick_device(job.device)
+    dtype = getattr(torch, pick_dtype(job.dtype, device))
+    with quiet_loading():
+        return GroundedVLM.from_pretrained(name, device=str(device), dtype=dtype)
