@@ -1,7 +1,7 @@
 """What a head search asks of pictures: `objective(images, prompts)` returns one number per picture, more is better.
 
 Any callable will do. Here are the ready ones: image-text similarity of an open_clip model (Radford et al., 2021,
-arXiv 2103.00020), of a torchmetrics metric, and the judge of the icon world.
+arXiv 2103.00020), an aesthetic head on its picture embedding, a torchmetrics metric, and the judge of the icon world.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from ..errors import AttnCtrlError
 from ..icons.models import resolve_open_clip
 
 
 Score = Callable[[list[Image.Image], list[str]], Any]
-FORMS = "'icons', 'open_clip:MODEL:PRETRAINED', 'torchmetrics:METRIC:MODEL' or 'package.module:function'"
+FORMS = "'icons', 'open_clip:MODEL:PRETRAINED', 'aesthetic:HEAD_FILE:MODEL:PRETRAINED', 'torchmetrics:METRIC:MODEL' or 'package.module:function'"
 _OBJECT = re.compile(r"(?:a )?(?:(?:small|big) )?(\w+) (\w+)")
 
 
@@ -53,6 +55,52 @@ def open_clip_score(
         pretrained: a tag of that architecture's weights, or a checkpoint file.
         tokenizer: the name of the model whose tokenizer is used, or a function of texts; None for `model`'s own.
     """
+    clip, see, tokenize = _open_clip(model, pretrained, tokenizer, device)
+
+    @torch.no_grad()
+    def score(images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        read = clip.encode_text(tokenize(list(prompts)).to(device), normalize=True)
+        return 100 * (see(images) * read).sum(-1)
+
+    return Objective(f"open_clip:{_with_weights(model, pretrained)}", score)
+
+
+def aesthetic_score(
+    head: str | os.PathLike,
+    model: str,
+    pretrained: str | os.PathLike | None = None,
+    *,
+    device: str | torch.device = "cpu",
+) -> Objective:
+    """A number that linear layers read off the normalised picture embedding of an open_clip model, whatever the prompt.
+
+    That is the form of LAION's aesthetic predictors, of one linear layer or of several without activations between them.
+
+    Args:
+        head: a .safetensors file, or a torch checkpoint of tensors alone, with `weight` and `bias` or `NAME.0.weight`, …; the last layer
+            has one output, the first takes the embedding.
+        model, pretrained: as in `open_clip_score`; the model that the head was trained on.
+    """
+    layers = _linear_layers(Path(head))
+    _, see, _ = _open_clip(model, pretrained, None, device)
+    layers = [(weight.to(device), bias.to(device)) for weight, bias in layers]
+
+    @torch.no_grad()
+    def score(images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        values = see(images).float()
+        if values.shape[-1] != layers[0][0].shape[1]:
+            raise AttnCtrlError(
+                f"the head {os.fspath(head)!r} reads embeddings of {layers[0][0].shape[1]} numbers; {model!r} gives {values.shape[-1]}"
+            )
+        for weight, bias in layers:
+            values = torch.nn.functional.linear(values, weight, bias)
+        return values.squeeze(-1)
+
+    return Objective(f"aesthetic:{Path(head).name}:{_with_weights(model, pretrained)}", score)
+
+
+def _open_clip(model: str, pretrained: Any, tokenizer: Any, device: Any) -> tuple[Any, Callable, Callable]:
+    """An open_clip model, a function that gives the normalised embeddings of pictures, and its tokenizer."""
     open_clip = _needed("open_clip", "open-clip-torch")
     name = os.fspath(pretrained) if pretrained is not None else None
     source = resolve_open_clip(model)
@@ -68,15 +116,41 @@ def open_clip_score(
         ) from error
     clip.eval()
 
-    @torch.no_grad()
-    def score(images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+    def see(images: list[Image.Image]) -> torch.Tensor:
         pixels = torch.stack([prepare(image.convert("RGB")) for image in images]).to(device)
-        seen = clip.encode_image(pixels, normalize=True)
-        read = clip.encode_text(tokenize(list(prompts)).to(device), normalize=True)
-        return 100 * (seen * read).sum(-1)
+        return clip.encode_image(pixels, normalize=True)
 
-    weights = f":{os.path.basename(name)}" if name else ""
-    return Objective(f"open_clip:{_short(model)}{weights}", score)
+    return clip, see, tokenize
+
+
+def _with_weights(model: str, pretrained: Any) -> str:
+    return _short(model) + (f":{os.path.basename(os.fspath(pretrained))}" if pretrained is not None else "")
+
+
+def _linear_layers(path: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(weight, bias) of each linear layer in a file, in the order of the numbers in their names."""
+    try:
+        tensors = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except Exception as error:  # a missing file, a pickle of other things, a cut file
+        raise AttnCtrlError(
+            f"aesthetic head {os.fspath(path)!r} cannot be read: {' '.join(str(error).split())[:200]}"
+        ) from error
+    names = sorted(
+        (name.removesuffix("weight") for name in tensors if name.endswith("weight")),
+        key=lambda name: [int(number) for number in re.findall(r"\d+", name)],
+    )
+    layers = [(tensors[f"{name}weight"].float(), tensors.get(f"{name}bias")) for name in names]
+    sizes = [tuple(weight.shape) for weight, _ in layers]
+    chained = all(len(size) == 2 for size in sizes) and all(a[0] == b[1] for a, b in zip(sizes, sizes[1:]))
+    if not layers or not chained or sizes[-1][0] != 1:
+        raise AttnCtrlError(
+            f"aesthetic head {os.fspath(path)!r} holds layers of sizes {sizes}, no chain of linear layers that ends in one number"
+        )
+    return [(weight, torch.zeros(len(weight)) if bias is None else bias.float()) for weight, bias in layers]
 
 
 def torchmetrics_score(metric: Any = "CLIPScore", model: str | None = None, **options: Any) -> Objective:
@@ -148,8 +222,8 @@ def asked_of(caption: str) -> tuple[list[tuple[str, str]], str | None]:
 
 
 def objective_by_name(text: str, *, device: str | torch.device = "cpu") -> Objective:
-    """The objective that the command line names: "icons", "open_clip:MODEL:PRETRAINED", "torchmetrics:METRIC:MODEL" or
-    "package.module:function"."""
+    """The objective that the command line names: "icons", "open_clip:MODEL:PRETRAINED", "aesthetic:HEAD_FILE:MODEL:PRETRAINED",
+    "torchmetrics:METRIC:MODEL" or "package.module:function"."""
     kind, _, rest = text.partition(":")
     if text == "icons":
         return icon_judge()
@@ -158,6 +232,12 @@ def objective_by_name(text: str, *, device: str | torch.device = "cpu") -> Objec
             return open_clip_score(rest, device=device)
         model, _, pretrained = rest.partition(":")
         return open_clip_score(model, pretrained or None, device=device)
+    if kind == "aesthetic" and rest.count(":"):
+        head, _, rest = rest.partition(":")
+        if rest.startswith(("hf-hub:", "local-dir:", "builtin:")):
+            return aesthetic_score(head, rest, device=device)
+        model, _, pretrained = rest.partition(":")
+        return aesthetic_score(head, model, pretrained or None, device=device)
     if kind == "torchmetrics" and rest:
         metric, _, model = rest.partition(":")
         return torchmetrics_score(metric, model or None)

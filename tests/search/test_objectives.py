@@ -156,3 +156,34 @@ def test_built_in_scorer_prefers_the_picture_that_was_asked_for():
     right = score([cat, car], ["a red cat", "a blue car"])
     wrong = score([car, cat], ["a red cat", "a blue car"])
     assert (torch.as_tensor(right) > torch.as_tensor(wrong) + 5).all()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_an_aesthetic_head_reads_the_picture_alone(clip, tmp_path, suffix):
+    import open_clip
+    from safetensors.torch import save_file
+
+    name, weights = clip
+    model, _, prepare = open_clip.create_model_and_transforms(name, pretrained=str(weights))
+    images = [Image.new("RGB", (40, 40), color) for color in ("red", "blue")]
+    seen = model.eval().encode_image(torch.stack([prepare(image) for image in images]), normalize=True).detach()
+    first, last = torch.nn.Linear(seen.shape[1], 5), torch.nn.Linear(5, 1)
+    layers = {
+        f"layers.{at}.{kind}": getattr(one, kind).detach()
+        for at, one in ((0, first), (10, last))
+        for kind in ("weight", "bias")
+    }
+    path = tmp_path / f"head{suffix}"
+    save_file(layers, path) if suffix == ".safetensors" else torch.save(layers, path)
+    score = objective_by_name(f"aesthetic:{path}:{name}:{weights}")
+    assert score.name == f"aesthetic:head{suffix}:{name}:tiny.pt"
+    torch.testing.assert_close(score(images, ["a", "b"]), last(first(seen)).squeeze(-1).detach())
+    for wrong, said in (({"weight": torch.ones(2, 8)}, "ends in one number"), ({"other": torch.ones(1)}, "no chain")):
+        torch.save(wrong, tmp_path / "wrong.pth")
+        with pytest.raises(ac.AttnCtrlError, match=said):
+            objective_by_name(f"aesthetic:{tmp_path / 'wrong.pth'}:{name}:{weights}")
+    torch.save({"weight": torch.ones(1, 3)}, tmp_path / "narrow.pth")
+    with pytest.raises(ac.AttnCtrlError, match="embeddings of 3 numbers"):
+        objective_by_name(f"aesthetic:{tmp_path / 'narrow.pth'}:{name}:{weights}")(images, ["a", "b"])
+    with pytest.raises(ac.AttnCtrlError, match="cannot be read"):
+        objective_by_name(f"aesthetic:{tmp_path / 'none.pth'}:{name}:{weights}")
