@@ -62,6 +62,9 @@ def serve(
             css=Path(__file__).with_name("page.css").read_text(encoding="utf-8"),
             quiet=True,
         )
+        if mcp and getattr(blocks, "mcp_error", None):  # gradio keeps it to itself
+            blocks.close()
+            raise AttnCtrlError(f"--mcp: {blocks.mcp_error}\nHINT: pip install 'gradio[mcp]'")
         print(f"attnctrl demo: {blocks.local_url}", flush=True)
         if not wait:
             return blocks, studio
