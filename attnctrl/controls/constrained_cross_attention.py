@@ -16,14 +16,14 @@ import torch
 from ..attention import KeyGroup, Segment, as_tokens, signatures
 from ..errors import AttnCtrlError
 from ..regions import Region
-from ..schedule import Schedule, parse_layers
+from ..schedule import parse_layers
 from ..sites import Site, Tokens
-from .base import Control, Edit
-from .subject_masks import SubjectMasks, as_regions, phrase_tokens
+from .base import Edit
+from .subject_masks import Placed, SubjectMasks, as_regions, phrase_tokens
 
 
 @dataclass(frozen=True, eq=False)
-class ConstrainedCrossAttention(Control):
+class ConstrainedCrossAttention(Placed):
     """Image tokens outside a phrase's place do not see the tokens of the phrase, so that its look cannot spread to them.
 
         logit of image token i and text token t  +=  log(1 - strength)   where t belongs to phrases and i is in the place of none of them
@@ -53,6 +53,7 @@ class ConstrainedCrossAttention(Control):
     sigma: tuple[float, float] | None = None
 
     shapes = True
+    places = "phrases"
 
     def __post_init__(self) -> None:
         wrong, found = [], isinstance(self.phrases, SubjectMasks)
@@ -100,16 +101,6 @@ class ConstrainedCrossAttention(Control):
             for phrase in phrases
         }
         return cls(phrases, tokens, **options)
-
-    @property
-    def revision(self) -> int:
-        return self.phrases.revision if isinstance(self.phrases, SubjectMasks) else 0
-
-    @property
-    def schedule(self) -> Schedule:
-        if isinstance(self.phrases, SubjectMasks):
-            return self.phrases.after(self.start, self.stop, self.sigma)
-        return Schedule(self.start, self.stop, self.sigma)
 
     @property
     def neutral(self) -> bool:

@@ -15,14 +15,14 @@ import torch
 from ..attention import KeyGroup, Segment, as_tokens, signatures
 from ..errors import AttnCtrlError
 from ..regions import Region
-from ..schedule import Schedule, parse_layers
+from ..schedule import parse_layers
 from ..sites import Site, Tokens
-from .base import Control, Edit
-from .subject_masks import SubjectMasks, as_regions
+from .base import Edit
+from .subject_masks import Placed, SubjectMasks, as_regions
 
 
 @dataclass(frozen=True, eq=False)
-class Isolation(Control):
+class Isolation(Placed):
     """Image tokens of one subject do not see those of another, so that looks do not leak between them.
 
     Text and whatever else is in the sequence sees everything and is seen by all. Only attention among image tokens changes:
@@ -77,16 +77,6 @@ class Isolation(Control):
         if not isinstance(self.layers, (str, int, type(None))):
             object.__setattr__(self, "layers", tuple(self.layers))
         self.schedule
-
-    @property
-    def revision(self) -> int:
-        return self.subjects.revision if isinstance(self.subjects, SubjectMasks) else 0
-
-    @property
-    def schedule(self) -> Schedule:
-        if isinstance(self.subjects, SubjectMasks):
-            return self.subjects.after(self.start, self.stop, self.sigma)
-        return Schedule(self.start, self.stop, self.sigma)
 
     @property
     def neutral(self) -> bool:

@@ -16,14 +16,14 @@ import torch
 from ..attention import KeyGroup, Peers, Segment, as_tokens
 from ..attention.groups import Tokens as TokenSet
 from ..errors import AttnCtrlError
-from ..schedule import Schedule, parse_layers
+from ..schedule import parse_layers
 from ..sites import Site, Tokens
-from .base import Control, Edit
-from .subject_masks import SubjectMasks, as_regions
+from .base import Edit
+from .subject_masks import Placed, SubjectMasks, as_regions
 
 
 @dataclass(frozen=True, eq=False)
-class SharedAttention(Control):
+class SharedAttention(Placed):
     """Image tokens also see keys and values of image tokens of the other images of the batch.
 
         out_b = attention(q_b, [k_b, k_a of the subject's tokens in every other image a], values likewise)
@@ -98,16 +98,6 @@ class SharedAttention(Control):
         """Consistent pictures of a story: each image also sees half of all tokens of the others, in the decoder of SDXL, from the
         second of 50 steps on."""
         return cls(**{"dropout": 0.5, "layers": "34:", "start": 0.02} | options)
-
-    @property
-    def revision(self) -> int:
-        return self.subjects.revision if isinstance(self.subjects, SubjectMasks) else 0
-
-    @property
-    def schedule(self) -> Schedule:
-        if isinstance(self.subjects, SubjectMasks):
-            return self.subjects.after(self.start, self.stop, self.sigma)
-        return Schedule(self.start, self.stop, self.sigma)
 
     @property
     def neutral(self) -> bool:

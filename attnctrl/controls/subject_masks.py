@@ -253,6 +253,26 @@ def phrase_tokens(phrase: str, prompt: str, tokenizer: Any) -> tuple[int, ...]:
     return found
 
 
+class Placed(Control):
+    """A control whose places are given, or are found by a `SubjectMasks` and then rule from the step on in which they are known."""
+
+    places = "subjects"  # the argument that holds them
+
+    @property
+    def _found(self) -> SubjectMasks | None:
+        given = getattr(self, self.places)
+        return given if isinstance(given, SubjectMasks) else None
+
+    @property
+    def revision(self) -> int:
+        return self._found.revision if self._found is not None else 0
+
+    @property
+    def schedule(self) -> Schedule:
+        window = (self.start, self.stop, self.sigma)
+        return self._found.after(*window) if self._found is not None else Schedule(*window)
+
+
 def as_regions(subject: Any, name: str) -> tuple[Region, ...]:
     """A subject as regions: a `Region`, a box (x0, y0, x1, y1), a mask (file, image, array or tensor), a text that `Region.parse`
     reads, or a list of these."""
