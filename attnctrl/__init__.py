@@ -29,6 +29,7 @@ _PUBLIC = {
     "Isolation": "controls",
     "KeywordScope": "controls",
     "LanguageSession": "processors",
+    "LatentGuidance": "controls",
     "NormalizedAttention": "controls",
     "PAI": "controls",
     "PAINT": "controls",
@@ -45,13 +46,18 @@ _PUBLIC = {
     "SkipLayers": "controls",
     "SmoothedEnergy": "controls",
     "SoftPAG": "controls",
+    "SubjectLayout": "controls",
     "SubjectMasks": "controls",
     "TokenPerturbation": "controls",
+    "TokenPruning": "controls",
     "VAF": "controls",
     "VAR": "controls",
     "VHR": "controls",
     "attach": "processors",
+    "calibrate_act": "search.act",
+    "detect_retrieval_heads": "search.retrieval",
     "find_sink_dims": "processors",
+    "fit_position_prior": "processors.language_prior",
     "hunt_heads": "search",
 }
 _MODULES = ("pipelines",)
@@ -76,6 +82,7 @@ if TYPE_CHECKING:
     from .controls import HeadScale as HeadScale
     from .controls import Isolation as Isolation
     from .controls import KeywordScope as KeywordScope
+    from .controls import LatentGuidance as LatentGuidance
     from .controls import NormalizedAttention as NormalizedAttention
     from .controls import RecordAttention as RecordAttention
     from .controls import RegionalPrompts as RegionalPrompts
@@ -84,8 +91,10 @@ if TYPE_CHECKING:
     from .controls import SkipLayers as SkipLayers
     from .controls import SmoothedEnergy as SmoothedEnergy
     from .controls import SoftPAG as SoftPAG
+    from .controls import SubjectLayout as SubjectLayout
     from .controls import SubjectMasks as SubjectMasks
     from .controls import TokenPerturbation as TokenPerturbation
+    from .controls import TokenPruning as TokenPruning
     from .errors import AttnCtrlError as AttnCtrlError
     from .heads import HeadBatch as HeadBatch
     from .heads import HeadSet as HeadSet
@@ -93,9 +102,12 @@ if TYPE_CHECKING:
     from .processors import Session as Session
     from .processors import attach as attach
     from .processors import find_sink_dims as find_sink_dims
+    from .processors.language_prior import fit_position_prior as fit_position_prior
     from .regions import Region as Region
     from .schedule import Schedule as Schedule
     from .search import hunt_heads as hunt_heads
+    from .search.act import calibrate_act as calibrate_act
+    from .search.retrieval import detect_retrieval_heads as detect_retrieval_heads
 
 
 def __getattr__(name: str):

@@ -27,6 +27,12 @@ class Region:
         downsample: how a mask becomes tokens: "area" takes tokens covered to at least one half, "max" every token it touches.
         feather: width of the soft edge inside the region, 0-0.5 as a fraction of the picture's width and height: over it the
             region's share rises from 0 to full. Edges on the border of the picture stay hard.
+        negative_prompt: what the region's part of the unconditional prediction follows, also an empty text; None leaves that to the
+            negative prompt of the whole picture. Read with classifier-free guidance alone.
+        negative_prompt_embeds: (1, T, D) text states instead of encoding it.
+        of_prompt: `prompt` is a phrase of the picture's prompt rather than a prompt of its own. See `Region.phrase`.
+        occurrence: which of the places where the phrase stands, from 1; None if it stands there once.
+        numbers: of the phrase's tokens in the text that the model reads; None until they are looked up.
     """
 
     prompt: str = ""
@@ -36,6 +42,11 @@ class Region:
     strength: float = 1.0
     downsample: Literal["area", "max"] = "area"
     feather: float = 0.0
+    negative_prompt: str | None = None
+    negative_prompt_embeds: torch.Tensor | None = None
+    of_prompt: bool = False
+    occurrence: int | None = None
+    numbers: tuple[int, ...] | None = None
     _pixels: torch.Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -66,6 +77,53 @@ class Region:
             raise AttnCtrlError(
                 f"{name}: feather {self.feather} is not between 0 and 0.5\nHINT: a fraction of the picture, e.g. 0.05"
             )
+        self._check_phrase(name)
+
+    def _check_phrase(self, name: str) -> None:
+        if not self.of_prompt:
+            if self.occurrence is not None or self.numbers is not None:
+                raise AttnCtrlError(
+                    f"{name}: occurrence and numbers are those of a phrase\nHINT: Region.phrase({self.prompt!r}, box=…)"
+                )
+            return
+        if not self.prompt.strip():
+            raise AttnCtrlError("a region's phrase is empty\nHINT: Region.phrase('a red cat', box=(0, 0, 0.5, 1))")
+        if self.prompt_embeds is not None:
+            raise AttnCtrlError(f"{name} is a phrase of the picture's prompt and has prompt_embeds of its own")
+        if self.occurrence is not None and self.occurrence < 1:
+            raise AttnCtrlError(f"{name}: occurrence {self.occurrence}, and the places of a phrase count from 1")
+        if self.numbers is not None:
+            numbers = tuple(sorted({int(number) for number in self.numbers}))
+            if not numbers or numbers[0] < 0:
+                raise AttnCtrlError(f"{name}: numbers {self.numbers} are no tokens of a text")
+            object.__setattr__(self, "numbers", numbers)
+
+    @classmethod
+    def phrase(
+        cls,
+        text: str,
+        box: tuple[float, float, float, float] | None = None,
+        *,
+        occurrence: int | None = None,
+        numbers: tuple[int, ...] | None = None,
+        **options: Any,
+    ) -> Region:
+        """A phrase of the picture's own prompt and where it belongs; nothing more is encoded.
+
+        `RegionalPipeline` and `RegionalPrompts.in_prompt` look up its tokens. Where it stands several times in the prompt, `occurrence`
+        says which one is meant. `options` are other arguments of `Region`.
+        """
+        return cls(text, box, of_prompt=True, occurrence=occurrence, numbers=numbers, **options)
+
+    @property
+    def encoded(self) -> bool:
+        """It has text that is encoded apart from the picture's prompt."""
+        return not self.of_prompt or self.has_negative
+
+    @property
+    def has_negative(self) -> bool:
+        """It has a negative prompt of its own."""
+        return self.negative_prompt is not None or self.negative_prompt_embeds is not None
 
     @classmethod
     def parse(cls, text: str) -> Region:
@@ -86,6 +144,17 @@ class Region:
     def pixels(self) -> torch.Tensor | None:
         """The mask as it was given, (H, W) float32 in 0-1; None for a box."""
         return self._pixels
+
+    def check_sides(self, grid: tuple[int, ...]) -> None:
+        """Warns where a mask has other proportions than the picture: it is stretched over it."""
+        if self._pixels is None:
+            return
+        (height, width), (rows, columns) = self._pixels.shape, grid[-2:]
+        slack = 0.05 + 0.5 / min(rows, columns, height, width)  # of rounding to whole tokens and pixels
+        if not 1 / (1 + slack) <= (width * rows) / (height * columns) <= 1 + slack:
+            warnings.warn(
+                f"region {self.prompt!r}: a mask of {width} x {height} is stretched over a picture of {columns} x {rows} tokens"
+            )
 
     def coverage(self, grid: tuple[int, int]) -> torch.Tensor:
         """How much of every token the region covers, (rows, columns) float32 in 0-1."""

@@ -100,6 +100,11 @@ def _restore_region(facts: Mapping[str, Any]) -> Region:
 
 def _region(region: Region) -> dict[str, Any]:
     facts: dict[str, Any] = {name: getattr(region, name) for name in ("prompt", "strength", "downsample", "feather")}
+    if region.negative_prompt is not None:
+        facts["negative_prompt"] = region.negative_prompt
+    if region.of_prompt:
+        numbers = None if region.numbers is None else list(region.numbers)
+        facts |= {"of_prompt": True, "occurrence": region.occurrence, "numbers": numbers}
     if region.box is not None:
         return {**facts, "box": list(region.box)}
     name = Path(region.mask).name if isinstance(region.mask, (str, os.PathLike)) else "mask"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctrl.attention.dispatch import attend, merge
-from attnctrl.attention.groups import Tokens, take
+from attnctrl.attention.groups import Tokens, put, take
 from attnctrl.attention.kernels import count_kernel
 from attnctrl.attention.program import Block, Bundle
 from attnctrl.errors import AttnCtrlError
@@ -131,9 +131,9 @@ def _prefers_vector(inputs: Inputs, q: Tensor, bundles: tuple[Bundle, ...]) -> b
 
 
 def _attend_bundle(inputs: Inputs, q: Tensor, bundle: Bundle, need_lse: bool) -> tuple[Tensor, Tensor | None]:
-    k, v = take(inputs.k, bundle.keys), take(inputs.v, bundle.keys)
-    bias = key_bias(inputs, bundle)
-    shared = {"scale": inputs.scale, "need_lse": need_lse, "kernel": inputs.kernel}
+    k, scale = scaled_keys(inputs, bundle)
+    v, bias = take(inputs.v, bundle.keys), key_bias(inputs, bundle)
+    shared = {"scale": scale, "need_lse": need_lse, "kernel": inputs.kernel}
     if bundle.limits is not None:
         return attend(q, k, v, key_bias=bias, limits=bundle.limits, **shared)
     if bundle.pieces is None:
@@ -146,6 +146,16 @@ def _attend_bundle(inputs: Inputs, q: Tensor, bundle: Bundle, need_lse: bool) ->
     if len(parts) == 1:
         return parts[0]
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2) if need_lse else None
+
+
+def scaled_keys(inputs: Inputs, bundle: Bundle) -> tuple[Tensor, float | None]:
+    """The bundle's keys and the scale of the logits: one number is part of that, different ones multiply the keys."""
+    k = take(inputs.k, bundle.keys)
+    if isinstance(bundle.scale, Tensor):
+        return k * bundle.scale.to(k.device, k.dtype)[:, None], inputs.scale
+    if bundle.scale == 1:
+        return k, inputs.scale
+    return k, (k.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale) * bundle.scale
 
 
 def key_bias(inputs: Inputs, bundle: Bundle) -> Tensor | None:
@@ -187,6 +197,14 @@ def dense_bias(inputs: Inputs, block: Block) -> Tensor:
     else:
         full.index_copy_(2, bundle.keys.to(device), bias)
     return full
+
+
+def own_scale(block: Block, tokens: Tokens, n_k: int) -> float | Tensor:
+    """What multiplies the logit of each of these tokens with its own key, which is in the block: a number, or (n,)."""
+    scale = block.vector.scale
+    if not isinstance(scale, Tensor):
+        return scale
+    return take(put(scale.new_ones(n_k), block.vector.keys, scale, 0), tokens, 0)
 
 
 def add_weighted(total: Tensor, tokens: Tokens, part: Tensor, weight: float | Tensor) -> None:

@@ -258,6 +258,26 @@ def put(out: Tensor, tokens: Tokens, value: Tensor, dim: int = 2) -> Tensor:
     return out
 
 
+def sorted_tokens(tokens: Tokens) -> Tokens:
+    """Weights and biases follow the order of the tokens, so nothing may be sorted in silence."""
+    if isinstance(tokens, Tensor) and tokens.dtype != torch.bool and bool((tokens.flatten().diff() <= 0).any()):
+        raise AttnCtrlError("an index tensor is sorted and without duplicates\nHINT: as_tokens(index) makes it so")
+    return as_tokens(tokens)
+
+
+def wrong_range(name: str, these: Spans, n: int) -> Iterable[str]:
+    if these and (these[0][0] < 0 or these[-1][1] > n):
+        yield f"{name}: tokens {these[0][0]}..{these[-1][1] - 1} reach outside 0..{n - 1}"
+
+
+def size_text(tokens: Tokens) -> str:
+    if isinstance(tokens, Tensor):
+        return str(len(tokens))
+    if tokens.stop is None or tokens.stop < 0 or (tokens.start or 0) < 0:
+        return f"{tokens.start or 0}:{'' if tokens.stop is None else tokens.stop}"
+    return str(max(0, tokens.stop - (tokens.start or 0)))
+
+
 def _ends(tokens: slice, n: int) -> tuple[int, int]:
     """`slice.indices` of a step of 1; torch 2.10 cannot trace the builtin."""
     ends = (tokens.start or 0, n if tokens.stop is None else tokens.stop)

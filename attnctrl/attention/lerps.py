@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 
 from attnctrl.attention import groups
-from attnctrl.attention.blocks import Inputs, add_weighted, attend_block, dense_bias, exact, plain
+from attnctrl.attention.blocks import (
+    Inputs,
+    add_weighted,
+    attend_block,
+    dense_bias,
+    exact,
+    own_scale,
+    plain,
+    scaled_keys,
+)
 from attnctrl.attention.groups import Tokens, take
 from attnctrl.attention.plan import Lerp, additive
 from attnctrl.attention.program import Block, Program, Region
@@ -189,14 +198,15 @@ def _seen(block: Block, device: torch.device) -> Tensor:
 def _argmax(some: Inputs, block: Block) -> Tensor:
     """v of the largest logit of each row, (B, h, rows, D_v)."""
     q, bundle = take(some.q, block.queries), block.vector
-    k, v = take(some.k, bundle.keys), take(some.v, bundle.keys)
+    k, scale = scaled_keys(some, bundle)
+    v = take(some.v, bundle.keys)
     if bundle.size == 0:
         return v.new_zeros(*q.shape[:3], v.shape[3])
     bias = None
     if len(bundle.parts) or some.key_bias is not None:
         bias = take(dense_bias(some, block), bundle.keys).unsqueeze(2)
     limits = _seen(block, q.device) if some.causal else None
-    scale = q.shape[-1] ** -0.5 if some.scale is None else some.scale
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     _, best = tiled_argmax(q, k, scale, bias, limits)
     return v.gather(2, best[..., None].expand(-1, -1, -1, v.shape[3]))
 
@@ -225,4 +235,6 @@ def _own_logit(some: Inputs, region: Region) -> Tensor:
     q, k = take(some.q, region.queries).to(wide), take(some.k, region.queries).to(wide)
     scale = q.shape[-1] ** -0.5 if some.scale is None else some.scale
     bias = take(dense_bias(some, region.inside), region.queries)
-    return (q * k).sum(-1) * scale + bias.to(wide)
+    own = own_scale(region.inside, region.queries, some.k.shape[2])
+    own = own.to(q.device, wide) if isinstance(own, Tensor) else own
+    return (q * k).sum(-1) * own * scale + bias.to(wide)

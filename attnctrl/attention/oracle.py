@@ -4,7 +4,8 @@ This is the only path of the package that allocates N x N, and it shares no arit
 segment s
 
     L_s[i, j]  = bias of key j where the segment holds i and j, else -inf          (materialize)
-    out        = sum_s diag(w_s) softmax(scale q k' + L_s) v
+    c_s[j]     = scale of key j in the segment                                      (scales_of)
+    out        = sum_s diag(w_s) softmax(scale q (c_s k)' + mask + L_s) v
     out       <- alpha Z^ + (1 - alpha) Z+   in the image rows of a negative text   (dense_negative)
     out       <- (1 - u) out + u T v         for every lerp, T explicit             (dense_lerp)
     out        = head_scale * out
@@ -37,6 +38,34 @@ def dense(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = 
         order = [[row, *(other for other in range(q.shape[0]) if other != row)] for row in range(q.shape[0])]
         keys, values = ([x[rows].transpose(0, 1).flatten(1, 2)[None] for rows in order] for x in (k, v))
         return torch.cat([dense(q[i : i + 1], keys[i], values[i], one[i], scale=scale) for i in range(len(one))])
+    weights, biases = materialize(plan, q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
+    keys = [k * c[:, None] for c in scales_of(plan, k.shape[2], k.device)]
+    logits = [logits_of(q, some, plan, scale, causal) + bias for some, bias in zip(keys, biases, strict=True)]
+    out = sum(w[:, None] * (softmax(s) @ v) for w, s in zip(weights, logits, strict=True))
+    if plan.negative is not None:
+        out = dense_negative(plan.negative, logits_of(q, k, plan, scale, causal), v, out)
+    for lerp in plan.lerps:
+        if isinstance(lerp, Watch):
+            continue
+        target = sum(
+            w[:, None] * (dense_lerp(lerp, q, some, s, scale, causal) @ v)
+            for w, some, s in zip(weights, keys, logits, strict=True)
+        )
+        u = lerp.strength.double().to(q.device).reshape(-1, q.shape[1], 1, 1)
+        if lerp.heads is not None:
+            untouched = [head for head in range(q.shape[1]) if head not in lerp.heads]
+            u = u.clone()
+            u[:, untouched] = 0
+        if lerp.region is not None:
+            u = u * mask_of(lerp.region, q.shape[2], q.device).double()[:, None]
+        out = (1 - u) * out + u * target
+    if plan.head_scale is not None:
+        out = out * plan.head_scale.double().to(q.device).reshape(-1, q.shape[1], 1, 1)
+    return out
+
+
+def logits_of(q: Tensor, k: Tensor, plan: Plan, scale: float | None, causal: bool) -> Tensor:
+    """(B, H, n_q, n_k) under the plan's mask, -inf where a row may not look."""
     s = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if causal:
         offset = s.shape[-1] - s.shape[-2]
@@ -48,28 +77,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = 
             s = s.masked_fill(~plan.mask, -math.inf)
         else:
             s = (s + plan.mask.double()).masked_fill(plan.mask <= FORBIDS, -math.inf)
-    weights, biases = materialize(plan, q.shape[0], q.shape[1], s.shape[-2], s.shape[-1], s.device)
-    out = sum(w[:, None] * (softmax(s + bias) @ v) for w, bias in zip(weights, biases, strict=True))
-    if plan.negative is not None:
-        out = dense_negative(plan.negative, s, v, out)
-    for lerp in plan.lerps:
-        if isinstance(lerp, Watch):
-            continue
-        target = sum(
-            w[:, None] * (dense_lerp(lerp, q, k, s + bias, scale, causal) @ v)
-            for w, bias in zip(weights, biases, strict=True)
-        )
-        u = lerp.strength.double().to(s.device).reshape(-1, q.shape[1], 1, 1)
-        if lerp.heads is not None:
-            untouched = [head for head in range(q.shape[1]) if head not in lerp.heads]
-            u = u.clone()
-            u[:, untouched] = 0
-        if lerp.region is not None:
-            u = u * mask_of(lerp.region, s.shape[-2], s.device).double()[:, None]
-        out = (1 - u) * out + u * target
-    if plan.head_scale is not None:
-        out = out * plan.head_scale.double().to(s.device).reshape(-1, q.shape[1], 1, 1)
-    return out
+    return s
 
 
 def one_row(plan: Plan, row: int, batch: int, n_k: int) -> Plan:
@@ -89,7 +97,7 @@ def one_row(plan: Plan, row: int, batch: int, n_k: int) -> Plan:
         borrowed, peers = [], segment.peers
         for lender in peers.sources(row, batch) if peers is not None else ():
             tokens = torch.tensor([i for a, b in peers.lent(lender, n_k) for i in range(a, b)], dtype=torch.int64)
-            borrowed += [KeyGroup(at(tokens, lender), peers.bias)] if len(tokens) else []
+            borrowed += [KeyGroup(at(tokens, lender), peers.added(lender, n_k))] if len(tokens) else []
         own = []
         for group in segment.keys:
             these, bias = at(group.tokens, row), of_row(group.bias, 3)
@@ -97,7 +105,7 @@ def one_row(plan: Plan, row: int, batch: int, n_k: int) -> Plan:
                 kept = ~mask_of(peers.instead, n_k, "cpu")[these]
                 per_key = isinstance(bias, Tensor) and bias.ndim > 0 and bias.shape[-1] > 1
                 these, bias = these[kept], bias[..., kept] if per_key else bias
-            own.append(KeyGroup(these, bias))
+            own.append(KeyGroup(these, bias, group.scale))
         segments.append(Segment(segment.queries, (*own, *borrowed), segment.weight))
     lerps = [replace(lerp, strength=of_row(lerp.strength, 2)) for lerp in plan.lerps if not isinstance(lerp, Watch)]
     closed = [
@@ -131,6 +139,17 @@ def materialize(
         weights.append(weight)
         biases.append(bias[:, :, None].masked_fill(~rows[:, None], -math.inf))
     return weights, biases
+
+
+def scales_of(plan: Plan, n_k: int, device: torch.device | str = "cpu") -> list[Tensor]:
+    """For each segment what multiplies the logits of every key, (n_k,)."""
+    found = []
+    for segment in plan.segments or (Segment(slice(0, 0), ()),):
+        scale = torch.ones(n_k, dtype=torch.float64, device=device)
+        for group in segment.keys:
+            scale[mask_of(group.tokens, n_k, device)] = group.scale
+        found.append(scale)
+    return found
 
 
 def dense_lerp(lerp: Lerp, q: Tensor, k: Tensor, s: Tensor, scale: float | None, causal: bool) -> Tensor:

@@ -84,7 +84,11 @@ def _part(plan: Plan, kind: Sequence[tuple[int, tuple[int, ...]]], rows: slice, 
         borrowed = lent[peers] if peers is not None else ()
         without = groups.spans(peers.instead, n_k) if borrowed and peers.instead is not None else ()
         keys = [_own(group, without, rows, n_k, device) for group in segment.keys]
-        keys += [KeyGroup(groups.tokens_of(borrowed), peers.bias)] if borrowed else []
+        if borrowed:
+            bias = peers.bias
+            if isinstance(bias, Tensor):
+                bias = torch.cat([peers.added(row, n_k) for row in sources])
+            keys.append(KeyGroup(groups.tokens_of(borrowed), bias))
         segments.append(Segment(groups.tokens_of(groups.spans(segment.queries, n_q), device), keys, segment.weight))
     lerps = []
     for lerp in plan.lerps:
@@ -105,7 +109,7 @@ def _own(group: KeyGroup, without: Spans, rows: slice, n_k: int, device) -> KeyG
         bias = _of_rows(bias, rows, 3)
         if rest != these and bias.ndim and bias.shape[-1] != 1:
             bias = take(bias, groups.tokens_of(groups.positions(rest, these)), -1)
-    return KeyGroup(groups.tokens_of(rest, device), bias)
+    return KeyGroup(groups.tokens_of(rest, device), bias, group.scale)
 
 
 def _of_rows(x: Tensor, rows: slice, ndim: int) -> Tensor:

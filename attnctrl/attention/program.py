@@ -30,6 +30,7 @@ class Part:
     bias: float | Tensor
     keys: int
     chosen: Tokens | None = None
+    scale: float = 1.0
 
     def vector(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The bias of each key: (n,) or (B|1, H|1, n)."""
@@ -44,12 +45,13 @@ class Part:
 @dataclass(frozen=True, eq=False)
 class Bundle:
     """Keys of one attention call. ``bias`` is constant over them and added to the LSE, unless ``parts`` give one per
-    key.
+    key. ``scale`` multiplies the logits: one number, or one per key (n,).
     """
 
     keys: Tokens
     size: int
     bias: float | Tensor = 0.0
+    scale: float | Tensor = 1.0
     parts: tuple[Part, ...] = ()
     order: Tensor | None = None  # sorts the parts' keys
     pieces: tuple[Piece, ...] | None = None  # causal
@@ -149,9 +151,10 @@ def _resolve(plan: Plan, n_q: int, n_k: int, causal: bool, device: torch.device)
         and first.every_row
         and first.every_key
         and len(first.vector.parts) == 0
-        and _whole(first.weight)
+        and _is_one(first.vector.scale)
+        and _is_one(first.weight)
     )
-    weighted = sum(block.rows for block in blocks) > n_q or not all(_whole(block.weight) for block in blocks)
+    weighted = sum(block.rows for block in blocks) > n_q or not all(_is_one(block.weight) for block in blocks)
     return Program(tuple(blocks), plain, weighted, sides)
 
 
@@ -160,8 +163,8 @@ def _in_range(kind: str, these: Spans, n: int) -> None:
         raise AttnCtrlError(f"{kind} tokens {these[0][0]}..{these[-1][1] - 1} of a plan reach outside 0..{n - 1}")
 
 
-def _whole(weight: float | Tensor) -> bool:
-    return not isinstance(weight, Tensor) and weight == 1
+def _is_one(x: float | Tensor) -> bool:
+    return not isinstance(x, Tensor) and x == 1
 
 
 @dataclass(frozen=True)
@@ -214,16 +217,15 @@ class _Maker:
             these = groups.overlap(whole, allowed)
             if these and not group.forbidden:
                 chosen = None if these == whole else groups.tokens_of(groups.positions(these, whole), self.device)
-                parts.append((these, Part(group.bias, groups.count(these), chosen)))
+                parts.append((these, Part(group.bias, groups.count(these), chosen, group.scale)))
         every = groups.join(*(these for these, _ in parts))
-        constants = _by_bias(parts)
         per_key = any(_per_key(part) for _, part in parts)
         biased = any(isinstance(part.bias, Tensor) or part.bias != 0 for _, part in parts)
-        vector = self._bundle(rows, parts if biased else [], every)
+        vector = self._bundle(rows, parts, biased=biased)
         if per_key:
             bundles: tuple[Bundle, ...] = (vector,)
         else:
-            bundles = tuple(self._bundle(rows, [], keys, bias) for bias, keys in constants)
+            bundles = tuple(self._bundle(rows, alike, alike[0][1].bias) for alike in _by_bias(parts))
         return Block(
             queries=groups.tokens_of(rows, self.device),
             rows=groups.count(rows),
@@ -236,18 +238,31 @@ class _Maker:
         )
 
     def _bundle(
-        self, rows: Spans, parts: Sequence[tuple[Spans, Part]], keys: Spans, bias: float | Tensor = 0.0
+        self, rows: Spans, parts: Sequence[tuple[Spans, Part]], bias: float | Tensor = 0.0, biased: bool = False
     ) -> Bundle:
+        """One call over the keys of the parts, with a bias per key if ``biased``."""
+        keys = groups.join(*(these for these, _ in parts))
         pieces, limits = self._causal(rows, keys) if self.causal else (None, None)
         return Bundle(
             groups.tokens_of(keys, self.device),
             groups.count(keys),
             bias,
-            tuple(part for _, part in parts),
-            _order([these for these, _ in parts], self.device),
+            self._scale(parts, keys),
+            tuple(part for _, part in parts) if biased else (),
+            _order([these for these, _ in parts], self.device) if biased else None,
             pieces,
             limits,
         )
+
+    def _scale(self, parts: Sequence[tuple[Spans, Part]], keys: Spans) -> float | Tensor:
+        """What multiplies the logits of the keys: a number if it is the same for all."""
+        if len({part.scale for _, part in parts}) <= 1:
+            return parts[0][1].scale if parts else 1.0
+        exact = torch.float32 if self.device.type == "mps" else torch.float64
+        scale = torch.ones(self.n_k, device=self.device, dtype=exact)
+        for these, part in parts:
+            groups.put(scale, groups.tokens_of(these, self.device), scale.new_full((part.keys,), part.scale), 0)
+        return groups.take(scale, groups.tokens_of(keys, self.device), 0)
 
     def _causal(self, rows: Spans, keys: Spans) -> tuple[tuple[Piece, ...] | None, Tensor | None]:
         pieces = groups.staircase(rows, keys, self.n_k - self.n_q)
@@ -266,17 +281,18 @@ def _per_key(part: Part) -> bool:
     return isinstance(part.bias, Tensor) and part.bias.ndim > 0 and part.bias.shape[-1] != 1
 
 
-def _by_bias(parts: Sequence[tuple[Spans, Part]]) -> list[tuple[float | Tensor, Spans]]:
-    """Keys of equal bias together; tensors are equal if they are the same object."""
-    found: list[tuple[float | Tensor, Spans]] = []
+def _by_bias(parts: Sequence[tuple[Spans, Part]]) -> list[list[tuple[Spans, Part]]]:
+    """Parts of equal bias together; tensors are equal if they are the same object."""
+    found: list[list[tuple[Spans, Part]]] = []
     for these, part in parts:
-        for i, (bias, keys) in enumerate(found):
+        for alike in found:
+            bias = alike[0][1].bias
             numbers = not isinstance(bias, Tensor) and not isinstance(part.bias, Tensor)
             if bias is part.bias or (numbers and bias == part.bias):
-                found[i] = (bias, groups.join(keys, these))
+                alike.append((these, part))
                 break
         else:
-            found.append((part.bias, these))
+            found.append([(these, part)])
     return found
 
 

@@ -10,6 +10,7 @@ from .head_scale import HeadScale
 from .isolation import Isolation
 from .keyword_scope import KeywordScope
 from .language import LanguageControl
+from .latent_guidance import LatentGuidance
 from .normalized_attention import NormalizedAttention
 from .pai import PAI
 from .paint import PAINT
@@ -23,8 +24,10 @@ from .skip_layers import SkipLayers
 from .smoothed_energy import SmoothedEnergy
 from .softpag import SoftPAG
 from .spin import SPIN
+from .subject_layout import SubjectLayout
 from .subject_masks import SubjectMasks
 from .token_perturbation import TokenPerturbation
+from .token_pruning import TokenPruning
 from .vaf import VAF
 from .var import VAR
 from .vhr import VHR
@@ -50,6 +53,7 @@ __all__ = [
     "Isolation",
     "KeywordScope",
     "LanguageControl",
+    "LatentGuidance",
     "Moment",
     "NormalizedAttention",
     "RecordAttention",
@@ -59,6 +63,8 @@ __all__ = [
     "SkipLayers",
     "SmoothedEnergy",
     "SoftPAG",
+    "SubjectLayout",
     "SubjectMasks",
     "TokenPerturbation",
+    "TokenPruning",
 ]

@@ -86,14 +86,19 @@ class ACT(LanguageControl):
         key = (self, site.layer)
         if prompt.reads:
             before = prompt.notes.get(key)
-            n = prompt.valid.sum(1)[:, None, None]
-            limit = self.threshold if self.alpha is None else self.alpha / n
-            prompt.notes[key] = edit = _Calibrate(
-                share * by, prompt.total - n_k, limit, prompt, before and before.columns, self.tally
-            )
+            offset = prompt.total - n_k
+            prompt.notes[key] = edit = self.calibration(prompt, share * by, offset, before and before.columns)
         else:
             edit = replace(prompt.notes[key], offset=prompt.total - n_k, surveys=False)
         return (RowEdit(edit, None, heads),)
+
+    def calibration(
+        self, prompt: Prompt, share: float | Tensor, offset: int = 0, before: _Columns | None = None
+    ) -> _Calibrate:
+        """The edit of a layer that reads a prompt, with the first key at `offset`. `share` of the sinks' probability moves, a number or
+        (B|1, H, 1)."""
+        limit = self.threshold if self.alpha is None else self.alpha / prompt.valid.sum(1)[:, None, None]
+        return _Calibrate(share, offset, limit, prompt, before, self.tally)
 
     def says(self) -> tuple[str, ...]:
         if not self.tally["heads"]:
@@ -103,7 +108,7 @@ class ACT(LanguageControl):
 
 @dataclass(eq=False)
 class _Calibrate(Edits):
-    """Of one layer. `share` of the sinks' probability moves: a number or (1, H, 1); `offset`: position of the first key."""
+    """Of one layer. `share` of the sinks' probability moves: a number or (B|1, H, 1); `offset`: position of the first key."""
 
     share: float | Tensor
     offset: int

@@ -5,7 +5,6 @@ Chen et al., "Why Is Spatial Reasoning Hard for VLMs? An Attention Mechanism Per
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -16,7 +15,7 @@ from ..attention.rows import FAR, Gain, RowEdit, Tally
 from ..errors import AttnCtrlError
 from ..heads import HeadSet
 from ..sites import Site
-from .language import LanguageControl, Model, Prompt, check_strength, per_head, scaled
+from .language import LanguageControl, Model, Prompt, check_strength, not_finite, per_head, scaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +44,7 @@ class AdaptVis(LanguageControl):
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        wrong = [
-            f"{name}={value} is not a finite number above 0"
-            for name, value in (("low", self.low), ("high", self.high))
-            if not (math.isfinite(value) and value > 0)
-        ]
+        wrong = not_finite(self, "low", "high", above=0)
         wrong += [] if 0 <= self.threshold <= 1 else [f"threshold={self.threshold} is not between 0 and 1"]
         check_strength("AdaptVis", self.strength, wrong)
         object.__setattr__(self, "tally", Tally())  # of one attachment: `fit` makes a copy

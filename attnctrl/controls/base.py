@@ -126,6 +126,10 @@ class Control:
         """The edit for the other rows of the batch, which keeps them as if the control were absent."""
         return Edit()
 
+    def beside(self, site: Site, tokens: Tokens, heads: torch.Tensor) -> Edit:
+        """The edit for the other rows: `bystander`, or what the control makes of them."""
+        return self.bystander(site, tokens)
+
     def edit_positions(self, positions: torch.Tensor) -> torch.Tensor:
         """Rotary positions of the image's tokens and of those of reference pictures behind them, (N, n) with frame, row and column
         first. Called for every pass if `moves`."""

@@ -15,10 +15,10 @@ import torch
 from ..attention import KeyGroup, Segment, as_tokens, signatures
 from ..errors import AttnCtrlError
 from ..regions import Region
-from ..schedule import parse_layers
 from ..sites import Site, Tokens
 from .base import Edit
 from .subject_masks import Placed, SubjectMasks, as_regions
+from .touched import image_sites
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,12 +86,7 @@ class Isolation(Placed):
 
     def touches(self, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
         """Attention among image tokens: all of it in the chosen layers, also the second attention of SD3.5."""
-        among = [site for site in sites if "image" in site.streams and site.kind != "cross"]
-        layers = parse_layers(self.layers, len({site.layer for site in sites if site.primary}))
-        found = {site.path: torch.ones(site.heads) for site in among if site.layer in layers}
-        if not found:
-            raise AttnCtrlError(f"Isolation: no attention among image tokens is in layers {self.layers!r}")
-        return found
+        return image_sites(self.name, sites, self.layers)
 
     def edit(self, site: Site, tokens: Tokens, heads: torch.Tensor) -> Edit:
         if not isinstance(self.subjects, SubjectMasks):

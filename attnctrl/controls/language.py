@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -95,6 +96,11 @@ class Prompt:
         return self.past + self.length
 
     @property
+    def whole(self) -> Prompt:
+        """The prompt as it was given: itself, unless image tokens have left it."""
+        return self
+
+    @property
     def system(self) -> Tensor:
         """(B, n) bool: text before the first image; nothing where there is no image."""
         first = [0 if at is None else at for at in self.first_image]
@@ -147,6 +153,16 @@ class LanguageControl(Control):
     tower_layers: ClassVar[tuple[int, ...]] = ()
     """Layers of the vision tower whose class token is watched: what it attends to, (images, patches) summed over heads, is kept in the
     prompt's notes under ("class token", layer), a list with one entry per call."""
+    needs_pixels: bool = False
+    """True when `prompt.given` is to hold the pictures that the model was given."""
+    arranges: ClassVar[bool] = False
+    """True when the control places tokens anew and says who sees whom: `find_rotation`, `positions` and `arrange`."""
+    shares_rows: ClassVar[bool] = False
+    """True when a control that arranges leaves the rows behind the images to others."""
+    needs_views: ClassVar[bool] = False
+    """True when `place` wants to know where each image's tokens lie."""
+    contrasts: bool = False
+    """True when `contrast` wants the log-probabilities of each token that `generate` writes, with the images and without them."""
     compares: ClassVar[bool] = False
     """True when `compare` wants the outputs of heads with the image and without it."""
 
@@ -223,6 +239,10 @@ class LanguageControl(Control):
     def compare(self, site: Site, prompt: Prompt, image: Tensor, text: Tensor) -> None:
         """Outputs of a site's heads at the prompt's last token, (B, H, D): of the prompt, and of the prompt without its image tokens."""
 
+    def contrast(self, image: Tensor, text: Tensor) -> Tensor:
+        """Scores (B, V) of the next token from its log-probabilities, (B, V): of the edited pass, and of the text without images, unedited."""
+        return image
+
     def says(self) -> tuple[str, ...]:
         """Lines for the session's report."""
         return ()
@@ -266,6 +286,17 @@ def find_span(tokenizer: Any, ids: Sequence[int], words: str) -> list[tuple[int,
             f"the words {words!r} are not in the prompt\nHINT: spelling and case are those of the text"
         )
     return found
+
+
+def not_finite(control: Control, *names: str, above: float = -math.inf) -> list[str]:
+    """What is wrong with arguments that have to be finite numbers above a bound."""
+    bound = "" if above == -math.inf else f" above {above:g}"
+    values = {name: getattr(control, name) for name in names}
+    return [
+        f"{name}={value} is not a finite number{bound}"
+        for name, value in values.items()
+        if not (math.isfinite(value) and value > above)
+    ]
 
 
 def check_strength(name: str, strength: float, wrong: Sequence[str] = ()) -> None:

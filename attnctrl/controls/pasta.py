@@ -119,7 +119,7 @@ class PASTA(LanguageControl):
         if self.mode == "scale":
             chosen = prompt.keys(spans, n_k)
         else:
-            outside = ~spans if self.include_generated else ~spans & ~prompt.generated
+            outside = ~spans if self.include_generated else ~spans & ~prompt.whole.generated
             chosen = prompt.keys(outside, n_k, beyond=self.include_generated)
         bias = chosen.float() * (math.log(self.alpha) * self.strength)
         return (RowEdit(Bias(scaled(bias, by)), None, heads),)

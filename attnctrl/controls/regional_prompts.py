@@ -11,24 +11,30 @@ Both plans share q, k and v of the image, so their outputs are blended before th
 two streams of the paper's code. Models that attend to the text apart (UNets, PixArt, Wan, …) split the table: I_r → T_r blended
 with I → T_0 in cross-attention (attention couple), I_r ↔ I_r blended with I ↔ I in self-attention. What is neither text nor
 image (registers, padding) is seen by all and follows the base prompt.
+
+A region can also be a phrase of the base prompt (`Region.phrase`), which appends nothing: with U the base prompt outside all such phrases
+and T_r the tokens of phrase r, regional is I_r ↔ T_r, I_r → U, T_r → U, both rows with weight 1 − base_weight.
+
+Rows of the unconditional prediction follow the negative prompts of regions by the same table. Regions without one are no regions there.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
 
-from ..attention import KeyGroup, Segment, as_tokens, signatures
 from ..errors import AttnCtrlError
 from ..regions import Region
 from ..schedule import parse_layers
 from ..sites import Site, Tokens
 from .base import Control, Edit
+from .region_table import Table, Text
+from .subject_masks import phrase_places, phrase_tokens
 
 
 Overlap = Literal["union", "priority", "mean"]
@@ -36,6 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "instantx": {"base_weight": 0.3, "stop": 5 / 24},
     "attention_couple": {"base_weight": 0.0, "isolate": False, "overlap": "mean"},
     "bounded": {"base_weight": 0.0, "hub": True},
+    "omost": {"base_weight": 0.0, "isolate": False, "with_base": True, "area_scale": True},
 }
 
 
@@ -54,6 +61,8 @@ class RegionalPrompts(Control):
             attention per region, averaged.
         background: what uncovered tokens follow: "base" (the base prompt and the whole picture), "error", or a prompt of its own.
         layers: layers in which image tokens follow the regions; the base prompt rules the others.
+        with_base: a region's image tokens also see the base prompt's tokens beside its own, in one softmax.
+        area_scale: multiply the logits of a region's text by the picture's area over the region's (Omost), which makes small regions bold.
         trim_text: keep only the first n text tokens of every region prompt; None keeps what the pipeline encodes.
         start, stop: fractions of the steps; outside them the model runs on the base prompt alone, without the extra tokens. The
             paper recommends the first 5 to 10 of 24 steps (`stop` 0.2 to 0.4): isolated to the end, regions tear the picture apart.
@@ -70,6 +79,8 @@ class RegionalPrompts(Control):
     hub: bool = False
     overlap: Overlap = "union"
     background: str = "base"
+    with_base: bool = False
+    area_scale: bool = False
     layers: str | int | Iterable[int] | None = None
     trim_text: int | None = None
     start: float = 0.0
@@ -94,6 +105,12 @@ class RegionalPrompts(Control):
             wrong.append("background is empty; it is 'base', 'error' or a prompt")
         if self.hub and not self.isolate:
             wrong.append("hub=True softens isolate=True, and isolate is False")
+        said: dict[int, str] = {}
+        for region in regions:
+            shared = next((said[number] for number in region.numbers or () if number in said), None)
+            if shared is not None:
+                wrong.append(f"phrases {shared!r} and {region.prompt!r} share tokens")
+            said |= dict.fromkeys(region.numbers or (), region.prompt)
         if wrong:
             raise AttnCtrlError("RegionalPrompts: " + "; ".join(wrong))
         self.schedule
@@ -104,11 +121,28 @@ class RegionalPrompts(Control):
 
         "instantx": arXiv 2411.02395 as published for FLUX, the first 5 of 24 steps. "attention_couple": region prompts in the
         attention to the text alone, overlaps averaged. "bounded": the masks of Bounded Attention, arXiv 2403.16990, regions apart but
-        for the background, without its guidance.
+        for the background, without its guidance. "omost": captions of a canvas, all in one softmax with the base prompt, small ones
+        scaled up (lllyasviel/Omost).
         """
         if name not in PRESETS:
             raise AttnCtrlError(f"RegionalPrompts has no preset {name!r}\nHINT: {', '.join(PRESETS)}")
         return cls(regions, **{**PRESETS[name], **overrides})
+
+    @classmethod
+    def in_prompt(
+        cls, regions: Sequence[Region | str], prompt: str, *tokenizers: Any, **options: Any
+    ) -> RegionalPrompts:
+        """With the phrases among the regions (`Region.phrase`) looked up in a prompt.
+
+        Args:
+            tokenizers: those whose tokens the text stream holds, each alone if its first token is the stream's, or with the number of
+                that token: `pipe.tokenizer` (SD, SDXL), `pipe.tokenizer_2` (FLUX.1), and for SD3 both
+                `pipe.tokenizer, (pipe.tokenizer_3, pipe.tokenizer_max_length)`.
+            options: the other arguments of `RegionalPrompts`.
+        """
+        if not tokenizers:
+            raise AttnCtrlError("RegionalPrompts.in_prompt needs a tokenizer\nHINT: pipe.tokenizer")
+        return cls(located(regions, prompt, tokenizers), **options)
 
     @classmethod
     def example(cls, sites: Sequence[Site]) -> RegionalPrompts:
@@ -123,11 +157,22 @@ class RegionalPrompts(Control):
             or all(r.strength == 0 for r in self.regions)
         )
 
+    @property
+    def both(self) -> bool:
+        """Unconditional rows are edited too, where a region has a negative prompt."""
+        return any(region.has_negative for region in self.regions)
+
     def touches(self, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
         """All sites with text: the appended prompts must be kept apart in every layer, also where `layers` switches regions off.
 
         Image-only sites (UNets, the second attention of SD3.5) are touched where they would carry one region into another.
         """
+        unknown = [region.prompt for region in self.regions if region.of_prompt and region.numbers is None]
+        if unknown:
+            raise AttnCtrlError(
+                f"RegionalPrompts: the tokens of the phrase {unknown[0]!r} are not looked up yet\n"
+                "HINT: RegionalPrompts.in_prompt(regions, prompt, pipe.tokenizer); RegionalPipeline does it by itself"
+            )
         text = [site for site in sites if site.kind != "self"]
         alone = [site for site in sites if site.kind == "self" and site.streams == ("image",)]
         if not text:
@@ -152,6 +197,9 @@ class RegionalPrompts(Control):
         return self._shares(grid, keep=False)[0]
 
     def check_grid(self, grid: tuple[int, ...]) -> None:
+        if (grid, False) not in self._known:
+            for region in self.regions:
+                region.check_sides(grid)
         self._shares(grid, keep=False)
 
     @cached_property
@@ -191,91 +239,71 @@ class RegionalPrompts(Control):
         return own, soft * own
 
     def edit(self, site: Site, tokens: Tokens, heads: torch.Tensor) -> Edit:
-        image, joint = tokens.span("image"), site.kind == "joint"
-        masks, soft = self._shares(tokens.grid, keep=True)
-        spans = [tokens.span(f"region:{i}") for i in range(len(self.regions_in_use()))]
-        texts = [[span] if span is not None else [] for span in spans]  # an image-only site has no text
-        rows_of_text = texts if joint else [[] for _ in texts]
-        named = {"image", *(f"region:{i}" for i in range(len(spans)))}
-        base = [slice(start, stop) for name, start, stop in tokens.streams if name not in named]
-        common = [slice(start, stop) for name, start, stop in tokens.streams if name not in {*named, "text"}]
-        strengths = torch.tensor([region.strength for region in self.regions_in_use()], dtype=torch.float64)
-        strengths = strengths * self.strength * (1 - self.base_weight) * float(heads[0])
-        soft = soft.double()
-        numbers = torch.arange(masks.shape[1])
-        free = ~masks[: len(self.regions)].any(0)
-        at = image.start if image is not None else 0
-        segments: list[Segment] = []
-        regional = torch.zeros(numbers.numel(), dtype=torch.float64)
+        return self._edit(site, tokens, float(heads[0]), negative=False)
 
-        def add(
-            rows: torch.Tensor,
-            share: torch.Tensor,
-            keys: Sequence[slice],
-            seen: torch.Tensor,
-            text_rows: Sequence[slice] = (),
-        ) -> None:
-            """Image tokens `rows` with weights `share`, and the text rows that see exactly the same keys (weight 1)."""
-            keep = share > 0
-            queries = torch.cat([rows[keep] + at, *(torch.arange(s.start, s.stop) for s in text_rows)])
-            if not queries.numel():
-                return
-            text_count = queries.numel() - int(keep.sum())
-            weight = torch.cat([share[keep], torch.ones(text_count, dtype=torch.float64)])
-            order = queries.argsort()
-            queries, weight = queries[order], weight[order]
-            pictured = [seen + at] if site.kind != "cross" else []
-            key_index = torch.cat([*pictured, *(torch.arange(s.start, s.stop) for s in keys)]).sort().values
-            even = 1.0 if bool((weight == 1).all()) else weight.float()
-            segments.append(Segment(queries, (KeyGroup(key_index),), even))
+    def beside(self, site: Site, tokens: Tokens, heads: torch.Tensor) -> Edit:
+        """Unconditional rows follow the regions that have a negative prompt; all else of them is as without regions."""
+        return self._edit(site, tokens, float(heads[0]), negative=True)
 
-        def seen_by(signature: Sequence[int]) -> torch.Tensor:
-            """The image tokens that those in some regions see."""
-            if not self.isolate or (self.hub and max(signature) >= len(self.regions)):
-                return numbers
-            mine = masks[list(signature)].any(0)
-            return numbers[mine | free] if self.hub else numbers[mine]
-
-        alone: set[int] = set()  # regions whose image and text rows see the same keys: one call for both
-        if self.overlap == "mean":
-            total, top = soft.sum(0).clamp(min=1e-12), soft.max(0).values
-            for index, mask in enumerate(masks):
-                rows, seen = numbers[mask], seen_by((index,))
-                share = (strengths[index] * soft[index] * top / total)[rows]
-                regional[rows] += share
-                joined = seen.numel() == rows.numel()
-                alone |= {index} if joined else set()
-                add(rows, share, [*texts[index], *common], seen, rows_of_text[index] if joined else ())
-        else:
-            for signature, rows in signatures(masks):
-                if not signature:
-                    continue
-                rows, mine, seen = numbers[rows], list(signature), seen_by(signature)
-                share = strengths[mine].mean() * soft[mine][:, rows].max(0).values
-                regional[rows] += share
-                joined = len(mine) == 1 and seen.numel() == int(masks[mine[0]].sum())
-                alone |= {mine[0]} if joined else set()
-                keys = [span for i in mine for span in texts[i]]
-                add(rows, share, [*keys, *common], seen, rows_of_text[mine[0]] if joined else ())
-        for index, mask in enumerate(masks):
-            if index not in alone:
-                add(numbers[:0], regional[:0], [*texts[index], *common], numbers[mask], rows_of_text[index])
-        rest = (1 - regional).masked_fill(regional > 1 - 1e-9, 0)  # thirds do not sum to 1
-        add(numbers, rest, base, numbers, base if joint else ())
-        return Edit(segments=tuple(segments))
-
-    def bystander(self, site: Site, tokens: Tokens) -> Edit:
-        """Unconditional rows: everything but the appended prompts sees each other, each appended prompt only itself."""
-        own = [tokens.span(f"region:{index}") for index in range(len(self.regions_in_use()))]
-        if own[0] is None:
+    def _edit(self, site: Site, tokens: Tokens, active: float, negative: bool) -> Edit:
+        regions = self.regions_in_use()
+        takes_part = torch.tensor([region.has_negative or not negative for region in regions])
+        appended = any(name.startswith("region:") for name, *_ in tokens.streams)
+        if not appended and not (active and bool(takes_part.any())):
             return Edit()
-        rest = torch.ones(tokens.length, dtype=torch.bool)
-        for span in own:
-            rest[span] = False
-        plain = KeyGroup(as_tokens(rest))
-        if site.kind == "cross":
-            return Edit(segments=(Segment(slice(0, None), (plain,)),))
-        return Edit(segments=(Segment(plain.tokens, (plain,)), *(Segment(span, (KeyGroup(span),)) for span in own)))
+        masks, soft = self._shares(tokens.grid, keep=True)
+        strengths = torch.tensor([region.strength for region in regions], dtype=torch.float64)
+        table = Table(
+            site=site,
+            tokens=tokens,
+            masks=masks,
+            soft=soft.double(),
+            shares=strengths * takes_part * self.strength * (1 - self.base_weight) * active,
+            texts=self._negative_texts(tokens, masks) if negative else self._texts(tokens, masks),
+            free=~masks[: len(self.regions)].any(0),
+            isolate=self.isolate,
+            hub=self.hub,
+            everywhere=len(self.regions),
+            mean=self.overlap == "mean",
+            with_base=self.with_base,
+        )
+        return Edit(segments=table.segments())
+
+    def _texts(self, tokens: Tokens, masks: torch.Tensor) -> list[Text | None]:
+        """The prompt or phrase of every region."""
+        base, found = tokens.span("text"), []
+        for index, region in enumerate(self.regions_in_use()):
+            place, scale = tokens.span(f"region:{index}"), self._logit_scale(masks[index])
+            if not region.of_prompt:
+                found.append(Text(_numbers_of(place), scale=scale))
+            elif base is None:
+                found.append(Text(_numbers_of(None), of_base=True))
+            elif region.numbers[-1] >= base.stop - base.start:
+                raise AttnCtrlError(
+                    f"phrase {region.prompt!r} has token {region.numbers[-1]}, and the text has {base.stop - base.start} tokens\n"
+                    "HINT: the tokenizer whose tokens this model reads; a longer prompt is cut off"
+                )
+            else:
+                found.append(Text(base.start + torch.tensor(region.numbers), of_base=True, scale=scale))
+        return found
+
+    def _negative_texts(self, tokens: Tokens, masks: torch.Tensor) -> list[Text | None]:
+        """The negative prompts of the regions that have one. They stand where their region's prompt does in conditional rows, or behind
+        all prompts."""
+        regions = self.regions_in_use()
+        behind, found = len(regions), []
+        for index, region in enumerate(regions):
+            if not region.has_negative:
+                found.append(None)
+                continue
+            places = [tokens.span(f"region:{number}") for number in (behind, index)]
+            place = next((place for place in places if place is not None and place.stop > place.start), None)
+            found.append(Text(_numbers_of(place), scale=self._logit_scale(masks[index])))
+            behind += 1
+        return found
+
+    def _logit_scale(self, mask: torch.Tensor) -> float:
+        return mask.numel() / max(1, int(mask.sum())) if self.area_scale else 1.0
 
     def density(self, grid: tuple[int, int], text: int) -> float:
         """Share of the plain attention's pairs that the regional part computes (base blend apart), for prompts of `text` tokens."""
@@ -284,3 +312,33 @@ class RegionalPrompts(Control):
         background = float((~masks[: len(self.regions)].any(0)).sum()) if self.hub else 0.0
         keys = sizes + background + text if self.isolate else torch.full_like(sizes, float(math.prod(grid) + text))
         return float((sizes + text).mul(keys).sum() / (math.prod(grid) + text) ** 2)
+
+
+def located(regions: Sequence[Region | str], prompt: str, tokenizers: Sequence[Any]) -> tuple[Region, ...]:
+    """The regions with the tokens of their phrases looked up in the prompt; `tokenizers` as in `RegionalPrompts.in_prompt`.
+    Raises for a phrase that is not in the prompt, or several times without `occurrence`."""
+    found = []
+    for region in regions:
+        region = Region.parse(region) if isinstance(region, str) else region
+        if region.of_prompt and region.numbers is None:
+            count, occurrence = len(phrase_places(region.prompt, prompt)), region.occurrence
+            if occurrence is None and count > 1:
+                raise AttnCtrlError(
+                    f"the phrase {region.prompt!r} stands {count} times in the prompt {prompt!r}\n"
+                    f"HINT: Region.phrase({region.prompt!r}, …, occurrence=1) means the first"
+                )
+            if occurrence is not None and occurrence > count:
+                raise AttnCtrlError(
+                    f"the phrase {region.prompt!r} has no occurrence {occurrence} in the prompt {prompt!r}\nHINT: it stands there {count} times"
+                )
+            parts = [part if isinstance(part, tuple) else (part, 0) for part in tokenizers]
+            numbers = [
+                first + i for one, first in parts for i in phrase_tokens(region.prompt, prompt, one, occurrence)
+            ]
+            region = replace(region, numbers=tuple(numbers))
+        found.append(region)
+    return tuple(found)
+
+
+def _numbers_of(place: slice | None) -> torch.Tensor:
+    return torch.arange(0) if place is None else torch.arange(place.start, place.stop)

@@ -34,6 +34,9 @@ class Reposition(Control):
     which also stretches it. Positions need not be whole numbers; no token is resampled, and tokens outside the source stay. Every
     layer and both halves of classifier-free guidance see the new positions, at no cost.
 
+    Keys of UNets have no positions. There `SharedAttention(..., reposition=Reposition(...))` lends the tokens of an image of the batch as if
+    its features had been cut out and brought to the size of the target: see `counts`.
+
     Args:
         targets: where in the image each source lands: a `Region`, a box (x0, y0, x1, y1) in fractions, or a mask, of which the bounding
             box counts. An empty list is neutral.
@@ -88,6 +91,28 @@ class Reposition(Control):
     @property
     def neutral(self) -> bool:
         return self.strength == 0 or not self.targets
+
+    def counts(self, grid: tuple[int, int]) -> torch.Tensor:
+        """How many tokens of the target each token of a picture becomes if the box of the source is resized to that of the target, by
+        nearest neighbours: (pictures, rows * columns) float32, 1 outside all sources. Attention over such repeated keys and values
+        is attention over each of them once, with the log of its count added to its logit.
+        """
+        rows, columns = grid
+        found = torch.ones(max(self.pictures) + 1, rows, columns)
+        for target, source, number in zip(self.targets, self.sources, self.pictures, strict=True):
+            onto, inside = (
+                torch.stack([region.tokens(grid, keep=True) for region in place]).any(0).view(rows, columns)
+                for place in (target, source)
+            )
+            down, across = (_repeats(inside.any(axis), onto.any(axis)) for axis in (1, 0))
+            repeats = torch.outer(down, across)
+            if not repeats[inside].any():
+                raise AttnCtrlError(
+                    f"Reposition: {target[0].prompt!r} is so small on the {rows} x {columns} grid that no token of the source is left\n"
+                    "HINT: a larger target, or layers with finer grids"
+                )
+            found[number][inside] = (1 - self.strength + self.strength * repeats)[inside]
+        return found.flatten(1)
 
     def edit_positions(self, positions: torch.Tensor) -> torch.Tensor:
         """Positions (N, n) in float32, with those of the sources moved."""
@@ -144,6 +169,14 @@ def _bounds(place: tuple[Region, ...]) -> Box:
         boxes.append((int(x[0]) / width, int(y[0]) / height, (int(x[-1]) + 1) / width, (int(y[-1]) + 1) / height))
     left, top, right, bottom = zip(*boxes, strict=True)
     return min(left), min(top), max(right), max(bottom)
+
+
+def _repeats(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """How often tokens along an axis, (n,), are picked when the span of the source is resized to that of the target; 0 outside it."""
+    (first, last), (top, bottom) = (side.nonzero().flatten()[[0, -1]].tolist() for side in (source, target))
+    size, onto = last + 1 - first, bottom + 1 - top
+    picked = first + torch.arange(onto) * size // onto
+    return torch.bincount(picked, minlength=len(source)).float()
 
 
 def _is_box(place: Any) -> bool:

@@ -9,17 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from ..attention import KeyGroup, Peers, Segment, as_tokens
 from ..attention.groups import Tokens as TokenSet
 from ..errors import AttnCtrlError
-from ..schedule import parse_layers
 from ..sites import Site, Tokens
 from .base import Edit
 from .subject_masks import Placed, SubjectMasks, as_regions
+from .touched import image_sites
+
+
+if TYPE_CHECKING:
+    from .reposition import Reposition
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +47,8 @@ class SharedAttention(Placed):
         start, stop: fractions of the steps, the first step included.
         sigma: (low, high) noise levels to which the window is restricted.
         seed: of the dropout.
+        reposition: in UNets, a `Reposition` whose pictures are the images of the batch, counted from 0: what they lend stands in another
+            place, as large as it is there.
     """
 
     subjects: Sequence[Any] | SubjectMasks | None = None
@@ -56,6 +62,7 @@ class SharedAttention(Placed):
     stop: float = 1.0
     sigma: tuple[float, float] | None = None
     seed: int = 0
+    reposition: Reposition | None = None
 
     shapes = True
     both = True
@@ -105,12 +112,7 @@ class SharedAttention(Placed):
 
     def touches(self, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
         """Attention among image tokens in the chosen layers."""
-        among = [site for site in sites if "image" in site.streams and site.kind != "cross"]
-        layers = parse_layers(self.layers, len({site.layer for site in sites if site.primary}))
-        found = {site.path: torch.ones(site.heads) for site in among if site.layer in layers}
-        if not found:
-            raise AttnCtrlError(f"SharedAttention: no attention among image tokens is in layers {self.layers!r}")
-        return found
+        return image_sites(self.name, sites, self.layers)
 
     def check_images(self, count: int) -> None:
         if count == 1:
@@ -119,11 +121,13 @@ class SharedAttention(Placed):
             )
 
     def edit(self, site: Site, tokens: Tokens, heads: torch.Tensor) -> Edit:
-        image, every = tokens.span("image"), slice(0, tokens.length)
+        image, every, bias = tokens.span("image"), slice(0, tokens.length), self.bias
+        if self.reposition is not None and not self.reposition.neutral:
+            bias = bias + self.reposition.counts(tokens.grid).log()
         peers = Peers(
             self._lent(tokens, image),
             self.reference,
-            self.bias,
+            bias,
             image if self.mode == "replace" else None,
             self.dropout,
             1000 * self.seed + site.layer,

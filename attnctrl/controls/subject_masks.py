@@ -20,9 +20,10 @@ from ..attention import Watch, as_tokens
 from ..attention.smoothing import blur, kernel_width
 from ..errors import AttnCtrlError
 from ..regions import Region
-from ..schedule import Schedule, parse_layers
+from ..schedule import Schedule
 from ..sites import Site, Tokens
 from .base import Control, Edit, Moment
+from .touched import text_sites
 
 
 FLAT = 1e-4  # a map that varies by less than this share of its maximum shows nothing but rounding
@@ -126,15 +127,7 @@ class SubjectMasks(Control):
         return Schedule(max(start, self.stop), stop, sigma)
 
     def touches(self, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
-        text = [site for site in sites if site.kind == "cross" or (site.kind == "joint" and site.primary)]
-        if not text:
-            raise AttnCtrlError("SubjectMasks needs attention to a text; this model has none")
-        layers = parse_layers(self.layers, len({site.layer for site in sites if site.primary}))
-        found = {site.path: torch.ones(site.heads) for site in text if site.layer in layers}
-        if not found:
-            there = ", ".join(map(str, sorted({site.layer for site in text})))
-            raise AttnCtrlError(f"SubjectMasks: layers {self.layers!r} do not attend to the text\nHINT: {there} do")
-        return found
+        return text_sites(self.name, sites, self.layers)
 
     def edit(self, site: Site, tokens: Tokens, heads: torch.Tensor) -> Edit:
         if len(tokens.grid) != 2:
@@ -229,8 +222,8 @@ class SubjectMasks(Control):
         )
 
 
-def phrase_tokens(phrase: str, prompt: str, tokenizer: Any) -> tuple[int, ...]:
-    """Numbers of the tokens of a phrase, at every place where it stands in a prompt (whole words, any case). Raises if it does not."""
+def phrase_places(phrase: str, prompt: str) -> list[tuple[int, int]]:
+    """Where a phrase stands in a prompt, as characters from and to (whole words, any case). Raises if it does not."""
     places = [
         match.span() for match in re.finditer(rf"(?<!\w){re.escape(phrase.strip())}(?!\w)", prompt, re.IGNORECASE)
     ]
@@ -238,6 +231,15 @@ def phrase_tokens(phrase: str, prompt: str, tokenizer: Any) -> tuple[int, ...]:
         raise AttnCtrlError(
             f"the phrase {phrase!r} is not in the prompt {prompt!r}\nHINT: write it as the prompt does"
         )
+    return places
+
+
+def phrase_tokens(phrase: str, prompt: str, tokenizer: Any, occurrence: int | None = None) -> tuple[int, ...]:
+    """Numbers of the tokens of a phrase, at every place where it stands in a prompt, or at one of them, counted from 1. Raises if it
+    does not stand there."""
+    places = phrase_places(phrase, prompt)
+    if occurrence is not None:
+        places = places[occurrence - 1 : occurrence]
     if not getattr(tokenizer, "is_fast", False):
         raise AttnCtrlError(
             f"{type(tokenizer).__name__} does not tell which token stands where\n"

@@ -6,7 +6,6 @@ arXiv 2503.13107.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 from ..attention.rows import Gain, RowEdit
 from ..heads import HeadSet
 from ..sites import Site
-from .language import LanguageControl, Prompt, check_strength, per_head, scaled
+from .language import LanguageControl, Prompt, check_strength, not_finite, per_head, scaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +42,7 @@ class VAF(LanguageControl):
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        wrong = [
-            f"{name}={value} is not a finite number above 0"
-            for name, value in (("image", self.image), ("system", self.system))
-            if not (math.isfinite(value) and value > 0)
-        ]
-        check_strength("VAF", self.strength, wrong)
+        check_strength("VAF", self.strength, not_finite(self, "image", "system", above=0))
 
     @property
     def neutral(self) -> bool:

@@ -85,6 +85,8 @@ class Family:
         grid: (bound arguments, model) -> (rows, columns) of image tokens in the first block, or (frames, rows, columns).
         encode: (pipeline, prompts, text length, device) -> (R, T, C) text states of region prompts; None where prompts of their own
             cannot be appended to the text.
+        tokenizers: (pipeline attribute of a tokenizer, attribute with the number of its first token or None for 0) of those whose tokens
+            make up the text; empty where the text holds others too.
         text_ids: argument with one row of position ids per text token, (T, n), when text has ids.
         image_ids: argument with the rotary positions of image tokens, (N, n) or (B, N, n) alike in all rows, frame, row and column
             first; None where the model makes them itself.
@@ -116,6 +118,7 @@ class Family:
     cfg: Literal["batched", "batched, cond first", "separate"]
     grid: Callable[[dict[str, Any], nn.Module], tuple[int, ...]]
     encode: Callable[[Any, list[str], int, torch.device], torch.Tensor] | None = None
+    tokenizers: tuple[tuple[str, str | None], ...] = ()
     text_ids: str | None = None
     image_ids: str | None = None
     numbered_text: bool = False
@@ -187,6 +190,11 @@ class Family:
         if self.text is not None and isinstance(bound.get(self.text), torch.Tensor):
             found["text"] = bound[self.text].shape[1]
         return found, grid
+
+    def tokenizers_of(self, pipeline: Any) -> list[tuple[Any, int]]:
+        """Tokenizers of a pipeline's text, each with the number of its first token there."""
+        found = [(getattr(pipeline, name, None), first) for name, first in self.tokenizers]
+        return [(one, getattr(pipeline, first) if first else 0) for one, first in found if one is not None]
 
     def trim(self, bound: dict[str, Any]) -> dict[str, Any]:
         """The call without the padding of its prompts. Raises where these differ in length."""

@@ -38,4 +38,5 @@ SD3 = Family(
     cfg="batched",
     grid=of_patches,
     encode=_encode,
+    tokenizers=(("tokenizer", None), ("tokenizer_3", "tokenizer_max_length")),
 )

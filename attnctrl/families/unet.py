@@ -54,6 +54,7 @@ UNET = Family(
     cfg="batched",
     grid=_grid,
     encode=_encode,
+    tokenizers=(("tokenizer", None),),
     text_mask="encoder_attention_mask",
     lengths=_lengths,
     units=("down_blocks", "mid_block", "up_blocks"),

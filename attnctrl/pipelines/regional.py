@@ -13,6 +13,7 @@ from ..controls import RegionalPrompts
 from ..controls.spec import make_control
 from ..errors import AttnCtrlError
 from ..processors import Session
+from ..processors.phrases import find_phrases
 from ..regions import Region
 from ..requests import EARLY
 from .base import ControlledPipeline, joined, of_prompt
@@ -27,7 +28,8 @@ class RegionalPipeline(ControlledPipeline):
         pipeline = ac.pipelines.RegionalPipeline.from_pretrained("builtin:icons-t2i", base_weight=0.2)
         image = pipeline("a cat and a car", regions=["a red cat@0,0,0.5,1", "a blue car@0.5,0,1,1"]).images[0]
 
-    Settings are the arguments of `RegionalPrompts` but `regions`, for every call in the constructor or for one in the call. Two
+    A region can be a phrase of the prompt, `ac.Region.phrase("a red cat", box=…)`, and can have a `negative_prompt`. Settings are the
+    arguments of `RegionalPrompts` but `regions`, for every call in the constructor or for one in the call. Two
     notes: without `stop`, isolated regions rule the first 0.3 of the steps (to the end they would tear the picture apart); and a
     name that the pipeline's own call has too (`strength` of image-to-image pipelines) means the pipeline's in a call.
     """
@@ -41,6 +43,10 @@ class RegionalPipeline(ControlledPipeline):
         if settings.get("isolate", True) and settings.get("start", 0.0) < EARLY:
             settings = {"stop": EARLY} | settings
         return make_control("RegionalPrompts", {"regions": regions, **settings})
+
+    def _located(self, regions: tuple[Region, ...], prompt: str | list[str] | None) -> tuple[Region, ...]:
+        """The regions with their phrases looked up in the prompt."""
+        return find_phrases(regions, prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt, self.pipe)
 
     def _check(self) -> None:
         if "regions" in self.settings:
@@ -87,8 +93,10 @@ class RegionalPipeline(ControlledPipeline):
         }
         arguments, settings = self._part({k: v for k, v in named.items() if v is not None} | more)
         per_prompt = _per_prompt(regions, prompt)
+        if per_prompt is None and isinstance(prompt, list) and any(region.of_prompt for region in _parsed(regions)):
+            per_prompt = [regions] * len(prompt)  # each prompt has its phrases at other tokens
         if per_prompt is None:
-            output = self._run(self._control(_parsed(regions), settings), arguments)
+            output = self._run(self._control(self._located(_parsed(regions), prompt), settings), arguments)
         else:
             output = joined(list(self._one_by_one(per_prompt, settings, arguments)))
         return output if return_dict else output.to_tuple()
@@ -100,8 +108,12 @@ class RegionalPipeline(ControlledPipeline):
         calls = []
         for index, regions in enumerate(per_prompt):
             where = f"prompt {index + 1} of {count}"
-            control = self._control(_parsed(regions, where), settings)
-            calls.append((where, control, of_prompt(arguments, index, count, images)))
+            own = of_prompt(arguments, index, count, images)
+            try:
+                places = self._located(_parsed(regions, where), own.get("prompt"))
+            except AttnCtrlError as error:
+                raise AttnCtrlError(str(error) if where in str(error) else f"{where}: {error}") from None
+            calls.append((where, self._control(places, settings), own))
         for where, control, own in calls:
             try:
                 output = self._run(control, own)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, ImageTextToTextPipeline
@@ -13,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from .._quiet import quiet_imports
 from ..controls import Control
 from ..errors import AttnCtrlError
-from ..icons.models import PREFIX
+from ..icons.models import resolve_vlm as resolve_language_model
 from ..loading import one_line, pick_device
 from ..processors import LanguageSession
 
@@ -60,7 +59,7 @@ class GroundedVLM:
         """Loads a model with its processor.
 
         Args:
-            model: a hub id, or a folder that holds both. revision: on the hub.
+            model: a built-in model, a hub id, or a folder that holds both. revision: on the hub.
             device: "cpu", "cuda:1", …; None takes the best. Not together with device_map.
             options: for the model's `from_pretrained`, such as dtype, device_map and attn_implementation.
 
@@ -130,19 +129,3 @@ class GroundedVLM:
 
 def _several(controls: Control | Sequence[Control]) -> tuple[Control, ...]:
     return (controls,) if isinstance(controls, Control) else tuple(controls)
-
-
-def resolve_language_model(model: str | os.PathLike) -> str:
-    """What transformers' `from_pretrained` takes: a local folder with a config.json, or a hub id as it is."""
-    text = os.fspath(model).strip()
-    if not text or text.startswith(PREFIX):
-        raise AttnCtrlError(
-            f"there is no built-in vision-language model{f' {text!r}' * bool(text)} yet, a model has to be named\n{HINT}"
-        )
-    path = Path(text).expanduser()
-    if path.exists() and not (path / "config.json").is_file():
-        wrong = "is a file" if path.is_file() else "holds no model of transformers: it has no config.json"
-        if (path / "model_index.json").is_file():
-            wrong = "holds a diffusion pipeline, not a language model"
-        raise AttnCtrlError(f"model {text!r} {wrong}\n{HINT}")
-    return str(path) if path.exists() else text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,24 +17,28 @@ from ..sites import Site
 
 
 if TYPE_CHECKING:
+    from .adapters import AdapterCalls
     from .session import Session
 
 
 class TakeOver(TorchFunctionMode):
-    """Inside it, the attention call of a site runs under the session's plans."""
+    """Inside it, the attention call of a site runs under the session's plans, and those of an IP-Adapter under `adapter`."""
 
-    def __init__(self, session: Session, site: Site):
+    def __init__(self, session: Session, site: Site, adapter: AdapterCalls | None = None):
         super().__init__()
-        self.session, self.site = session, site
+        self.session, self.site, self.adapter = session, site, adapter
         self.calls = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or self.calls:
+        if func is not F.scaled_dot_product_attention or (self.calls and self.adapter is None):
             return func(*args, **kwargs)
         named = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args)) | kwargs
         q, k, v = named["query"], named["key"], named["value"]
         mask = named.get("attn_mask")
+        if self.calls:
+            out = self.adapter.attend(q, k, v, named.get("scale"))
+            return func(*args, **kwargs) if out is None else out
         plans = self.session.plans_for(self.site, q.shape, k.shape[2], mask)
         if plans is None:
             return func(*args, **kwargs)  # another attention of the same processor, e.g. of an IP-Adapter
@@ -79,7 +83,8 @@ class ControlledAttnProcessor:
     def __call__(self, attn, hidden_states: torch.Tensor, *args, **kwargs):
         if not self.session.controls_site(self.site):
             return self.inner(attn, hidden_states, *args, **kwargs)
-        with TakeOver(self.session, self.site) as mode, _native_backend(self.inner):
+        adapter = self.session.adapter_calls(self.site, self.inner)
+        with TakeOver(self.session, self.site, adapter) as mode, _native_backend(self.inner), adapter or nullcontext():
             out = self.inner(attn, hidden_states, *args, **kwargs)
         if mode.calls == 0:
             raise AttnCtrlError(
@@ -87,6 +92,8 @@ class ControlledAttnProcessor:
                 "tokens, so the controls could not act\n"
                 "HINT: pipe.transformer.set_attention_backend('native'), or another attention processor"
             )
+        if adapter is not None and not adapter.taken:
+            self.session._note("the IP-Adapter's scale is 0 in some layers, where SubjectLayout has nothing to place")
         self.session.mark(self.site)
         return out
 

@@ -5,24 +5,24 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections import Counter
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..attention import record_kernels
-from ..attention.kernels import count_kernel
-from ..attention.rows import Mask, RowEdit, edit_rows
 from ..controls.base import Control
 from ..controls.language import LanguageControl, Prompt
 from ..errors import AttnCtrlError
 from ..families.language import IMAGE_SIZES, class_token_attention, find_language, image_views
-from ..sites import Site, Tokens
+from ..sites import Site
 from . import transformers as interface
-from .language_arranging import check_arranged, find_arranging
-from .language_aside import Asides, times
+from .language_arranging import find_arranging
+from .language_aside import Asides
+from .language_calls import AttentionCalls
+from .language_checks import check_control, refuse_assisted
+from .language_contrast import with_contrast
 from .language_prompts import Generation, find_prompt
+from .language_pruning import find_pruning
 from .maps import attention_values, heat_map, sink_values
 
 
@@ -55,7 +55,7 @@ class LanguageSession:
         self._weights: dict[Control, dict[str, Tensor]] = {}
         self._alike: dict[Control, dict[str, tuple]] = {}  # the weights as values: equal ones share their edits
         for control in controls:
-            self._check_family(control)
+            check_control(control, self.family)
             fitted = control.fit(self.language.facts) if isinstance(control, LanguageControl) else control
             touched = fitted.touches(self.sites)
             if not control.neutral:
@@ -63,7 +63,10 @@ class LanguageSession:
                     raise AttnCtrlError(f"{control.name} touches no attention of {self.family.name}")
                 self._fitted[control], self._weights[control] = fitted, touched
                 self._alike[control] = {path: tuple(weights.flatten().tolist()) for path, weights in touched.items()}
+        self._spoken = {c: f for c, f in self._fitted.items() if isinstance(f, LanguageControl)}  # all but HeadScale
         self._arranging = find_arranging(self._fitted, self.language.decoder)
+        self._pruning = find_pruning(self, self._fitted, self._weights)
+        self._given = IMAGE_SIZES + ("pixel_values",) * any(f.needs_pixels for f in self._spoken.values())
         self._modules: dict[str, nn.Module] = {}
         self._by_module: dict[nn.Module, Site] = {}
         self._configs: list[Any] = []
@@ -77,33 +80,11 @@ class LanguageSession:
         self._generating: Generation | None = None
         self._prompts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # cache -> prompt
         self._seen: set[str] = set()
-        self._edits: dict[tuple, tuple] = {}
-        self._masks: dict[tuple, tuple[Any, Mask]] = {}
+        self._calls = AttentionCalls(self)
         self._asides = Asides(self)
         self._early: dict[
             int, list[Tensor]
-        ] = {}  # what the vision tower saw before the call: `generate` runs it first
-
-    def _check_family(self, control: Control) -> None:
-        found = getattr(getattr(control, "heads", None), "family", None)
-        if found not in (None, self.family.name):
-            raise AttnCtrlError(
-                f"{control.name}: the head set was found on family {found!r}, this model is {self.family.name!r}"
-            )
-        reasons = dict(self.family.refuses)
-        image = isinstance(control, LanguageControl) and control.needs_image
-        if reason := reasons.get(control.name, reasons.get("image") if image else None):
-            raise AttnCtrlError(f"{control.name} cannot work on {self.family.name}: {reason}")
-        if isinstance(control, LanguageControl):
-            return
-        if control.guides or control.shapes or not hasattr(control, "heads") or control.name != "HeadScale":
-            raise AttnCtrlError(
-                f"{control.name} is for diffusion models\nHINT: on language models PAI, PASTA, VAR, VHR and the like, and HeadScale without scale"
-            )
-        if not control.schedule.everywhere:
-            raise AttnCtrlError(
-                f"{control.name}: a language model has no denoising steps, so start and stop mean nothing"
-            )
+        ] = {}  # seen by the vision tower before the call: `generate` may run it first
 
     # -- entering and leaving ------------------------------------------------------------------------------------------
 
@@ -137,20 +118,20 @@ class LanguageSession:
                     base.register_forward_pre_hook(self._before, with_kwargs=True),
                     base.register_forward_hook(self._after, with_kwargs=True, always_call=True),
                 ]
-                if any(getattr(fitted, "previews", False) for fitted in self._fitted.values()):
+                if any(fitted.previews for fitted in self._spoken.values()):
                     self._hooks.append(
                         self.model.register_forward_pre_hook(self._asides.preview, with_kwargs=True, prepend=True)
                     )
                 if self._arranging is not None:
                     self._hooks.append(self._arranging[1].register_forward_pre_hook(self._placing, with_kwargs=True))
-                watched = {
-                    path for c, touched in self._weights.items() if getattr(c, "watches", False) for path in touched
-                }
+                if self._pruning is not None:
+                    self._hooks += self._pruning.hooks(modules)
+                watched = {path for c, fitted in self._spoken.items() if fitted.watches for path in self._weights[c]}
                 for path in sorted(watched):
                     layer = modules[path.rpartition(".")[0]]
                     hook = self._watching(next(site for site in self.sites if site.path == path))
                     self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-                for layer in sorted({at for f in self._fitted.values() for at in getattr(f, "tower_layers", ())}):
+                for layer in sorted({at for fitted in self._spoken.values() for at in fitted.tower_layers}):
                     module = self.language.tower[layer]
                     self._hooks.append(module.register_forward_pre_hook(self._seeing(layer), with_kwargs=True))
                 if hasattr(self.model, "generate"):
@@ -206,22 +187,15 @@ class LanguageSession:
             or (args[1] if len(args) > 1 else None)
             or getattr(self.model, "generation_config", None)
         )
-        assisted = kwargs.get("assistant_model") is not None or any(
-            (kwargs.get(name) or getattr(config, name, None))
-            for name in ("prompt_lookup_num_tokens", "assistant_early_exit")
-        )
-        if assisted:
-            raise AttnCtrlError(
-                f"{', '.join(self.names())}: assisted generation reads several guessed tokens a call, which would pass for prompt\n"
-                "HINT: generate without assistant_model and prompt_lookup_num_tokens"
-            )
+        refuse_assisted(self.names(), kwargs, config)
         count = [
             kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")
         ]
-        given = {name: kwargs[name] for name in IMAGE_SIZES if name in kwargs}
+        given = {name: kwargs[name] for name in self._given if name in kwargs}
         self._generating = Generation(copies=max(count[0], count[1]), beams=count[0] > 1, given=given)
         self._early = {}
         try:
+            args, kwargs = with_contrast(self, args, kwargs)
             return self._inner_generate(*args, **kwargs)
         finally:
             self._generating = None
@@ -234,8 +208,7 @@ class LanguageSession:
         bound = {**dict(zip(self._names, args, strict=False)), **kwargs}
         ids, embeds, cache = (bound.get(name) for name in ("input_ids", "inputs_embeds", "past_key_values"))
         self._seen.clear()
-        self._edits.clear()
-        self._masks.clear()
+        self._calls.end()
         self._now = None
         if ids is None and embeds is None:
             raise AttnCtrlError(f"{', '.join(self.names())}: {type(module).__name__} was called without input_ids")
@@ -247,7 +220,7 @@ class LanguageSession:
         except AttnCtrlError as error:
             raise AttnCtrlError(f"{', '.join(self.names())}: {error}") from None
         if now.reads:
-            for name in IMAGE_SIZES:
+            for name in self._given:
                 new = (bound if self._generating is None else self._generating.given).get(name)
                 if isinstance(new, Tensor):
                     known = now.given.get(name)
@@ -263,14 +236,13 @@ class LanguageSession:
                 now.notes.setdefault(("class token", layer), []).extend(seen)
             self._early = {}
         if now.reads:
-            for control, fitted in self._fitted.items():
-                if isinstance(fitted, LanguageControl):
-                    fitted.read(now)
-                    if fitted.needs_image and None in now.first_image:
-                        self._note(
-                            f"{control.name}: rows {_rows(now.first_image)} of a batch hold no image and stay as they are"
-                        )
-        if now.reads and getattr(self._arranging and self._arranging[0], "needs_views", False):
+            for control, fitted in self._spoken.items():
+                fitted.read(now)
+                if fitted.needs_image and None in now.first_image:
+                    self._note(
+                        f"{control.name}: rows {_rows(now.first_image)} of a batch hold no image and stay as they are"
+                    )
+        if now.reads and self._arranging is not None and self._arranging[0].needs_views:
             each, images = now.copies, now.image[:: now.copies]
             of = (self.family, self.model.config, images)
             self._arranging[0].place(now, [image_views(*of, i // each, now.given)[0] for i in range(now.batch)])
@@ -286,8 +258,9 @@ class LanguageSession:
             return
         now, self._now = self._now, None
         self._asides.end()
-        self._masks.clear()
-        self._edits.clear()
+        if self._pruning is not None:
+            self._pruning.end()
+        self._calls.end()
         if output is None or now is None:
             return
         if self._asides.running:
@@ -319,12 +292,12 @@ class LanguageSession:
     def _watching(self, site: Site):
         @torch.compiler.disable
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            now = self._now
-            if now is None or not now.reads or self._asides.running:
+            if self._now is None or not self._now.reads or self._asides.running:
                 return
+            now = self._at(site)
             hidden = args[0] if args else kwargs["hidden_states"]
-            for control, fitted in self._fitted.items():
-                if getattr(fitted, "watches", False) and site.path in self._weights[control]:
+            for control, fitted in self._spoken.items():
+                if fitted.watches and site.path in self._weights[control]:
                     fitted.watch(site, now, hidden)
 
         return hook
@@ -334,7 +307,7 @@ class LanguageSession:
 
         @torch.compiler.disable
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if self._asides.running:
+            if self._asides.running or not (self._now is None or self._now.reads):
                 return
             with torch.no_grad():
                 seen = class_token_attention(module, args[0] if args else kwargs["hidden_states"])
@@ -343,131 +316,14 @@ class LanguageSession:
 
         return hook
 
-    def attend(self, inner, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *args, **kwargs):
-        """One attention call of a held module: q (B, H, T, D), k and v (B, H_kv, S, D); returns ((B, T, H, D), None)."""
-        site, now = self._by_module[module], self._now
-        if self._asides.running == "text":
-            return self._asides.attend(site, inner, module, q, k, v, mask, *args, **kwargs)
-        if now is None:
-            raise AttnCtrlError(
-                f"{', '.join(self.names())}: {type(self.language.decoder).__name__} was called past {type(self.language.base).__name__}, "
-                "which is given the token ids\nHINT: call the model that the controls are attached to"
-            )
-        self._refuse(module, now, q, kwargs)
-        edits = self._edits_at(site, now, k.shape[2])
+    def attend(self, inner, module: nn.Module, *args, **kwargs):
+        """One attention call of a held module, for the attention interface."""
+        return self._calls.attend(inner, module, *args, **kwargs)
 
-        def plain() -> Tensor:
-            count_kernel("the model's own")
-            return inner(module, q, k, v, mask, *args, **kwargs)[0].transpose(1, 2)
-
-        n_k = min(k.shape[2], now.total)
-        with record_kernels() as log:
-            keys, values = (x[:, :, :n_k] if x.shape[2] > n_k else x for x in (k, v))
-            named = {"scale": kwargs.get("scaling"), "softcap": kwargs.get("softcap")}
-            seen = self._mask(mask, module, q.shape[2], n_k, kwargs) if edits or self._arranging is not None else None
-
-            def edited() -> Tensor:
-                return edit_rows(q, keys, values, edits, plain, mask=seen, **named) if edits else plain()
-
-            with self._named(site):
-                if self._arranging is None:
-                    out = edited()
-                else:
-                    check_arranged(now, q, n_k, seen, edits, named["softcap"])
-                    out = self._arranging[0].arrange(now, q, keys, values, kwargs["scaling"], edited)
-            if self._asides.running:
-                return out.transpose(1, 2).contiguous(), None
-            self._asides.compare(site, now, out)
-            out = times(out, self._head_scale(site, now))
-        self.kernels.update(log)
-        self._seen.add(site.path)
-        for control, touched in self._weights.items():
-            if site.path in touched:
-                self.hits[control][site.path] += 1
-        return out.transpose(1, 2).contiguous(), None
-
-    def _refuse(self, module: nn.Module, now: Prompt, q: Tensor, kwargs: dict) -> None:
-        wrong = []
-        if kwargs.get("dropout"):
-            wrong.append("attention dropout is on, and edited rows have none: call model.eval()")
-        wrong += [
-            f"the model passes {name}" for name in ("s_aux", "position_bias", "cache") if kwargs.get(name) is not None
-        ]
-        if q.shape[2] != now.length or q.shape[0] != now.batch:
-            wrong.append(
-                f"{q.shape[0]} x {q.shape[2]} queries, of {now.batch} x {now.length} tokens that the model was given"
-            )
-        if wrong:
-            raise AttnCtrlError(
-                f"{', '.join(self.names())} on {self.family.name}, {type(module).__name__}: {'; '.join(wrong)}"
-            )
-
-    def _edits_at(self, site: Site, now: Prompt, n_k: int) -> tuple[RowEdit, ...]:
-        """Edits of a call at a site. Layers that are edited alike share one value."""
-        n_k = min(n_k, now.total)
-        edits: list[RowEdit] = []
-        for control, touched in self._weights.items():
-            weights, fitted = touched.get(site.path), self._fitted[control]
-            if weights is None or not isinstance(fitted, LanguageControl):
-                continue
-            key = (control, n_k, self._alike[control][site.path], site.layer if fitted.per_layer else None)
-            if key not in self._edits:
-                with self._named(site):
-                    if self._asides.running:
-                        found = fitted.preview_edits(site, now, n_k) if fitted.previews else ()
-                    else:
-                        found = fitted.row_edits(site, now, weights, n_k)
-                self._edits[key] = tuple(e for e in found if e.start is None or min(e.start) < now.length)
-            edits += self._edits[key]
-        return tuple(edits)
-
-    def _head_scale(self, site: Site, now: Prompt) -> Tensor | None:
-        """What multiplies the heads of a site, (B|1, H); None for nothing."""
-        total = None
-        for control, touched in self._weights.items():
-            weights, fitted = touched.get(site.path), self._fitted[control]
-            if weights is None:
-                continue
-            if isinstance(fitted, LanguageControl):
-                factor = fitted.head_scale(site, now, weights)
-                if factor is None:
-                    continue
-            else:
-                tokens = Tokens((("tokens", 0, now.length),), (now.length,))
-                factor = fitted.edit(site, tokens, weights).head_scale
-                factor = factor[None] if factor.ndim == 1 else factor
-                if factor.shape[0] not in (1, now.batch // now.copies):
-                    raise AttnCtrlError(
-                        f"{control.name} has head sets for {factor.shape[0]} prompts, the batch has {now.batch // now.copies}"
-                    )
-                factor = factor.repeat_interleave(now.copies, 0) if factor.shape[0] > 1 else factor
-            total = factor if total is None else total * factor
-        return total
-
-    def _mask(self, mask: Any, module: nn.Module, n_q: int, n_k: int, kwargs: dict) -> Mask:
-        causal = kwargs.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        if mask is not None and not isinstance(mask, Tensor):
-            raise AttnCtrlError(
-                f"the attention mask is a {type(mask).__name__}, which rows cannot be read from\nHINT: model.set_attn_implementation('sdpa')"
-            )
-        window = kwargs.get("sliding_window")
-        if (mask is None or mask.ndim == 2) and n_q < n_k and n_q > 1 and not self._now.past == n_k - n_q:
-            raise AttnCtrlError(f"{n_q} queries and {n_k} keys without a mask that says which rows they are")
-        if mask is not None and mask.ndim == 2 and window is not None and n_k > window:
-            raise AttnCtrlError("a sliding window without a mask of it\nHINT: model.set_attn_implementation('sdpa')")
-        key = (id(mask), n_q, n_k, bool(causal))
-        if key not in self._masks:
-            part = mask if mask is None else mask[..., :n_k]
-            self._masks[key] = (mask, Mask.read(part, n_q, n_k, bool(causal)))
-        return self._masks[key][1]
-
-    @contextmanager
-    def _named(self, site: Site):
-        try:
-            yield
-        except AttnCtrlError as error:
-            raise AttnCtrlError(f"{', '.join(self.names())} on {self.family.name}, {site.path}: {error}") from None
+    def _at(self, site: Site) -> Prompt | None:
+        """The prompt as a site sees it: what is left of it, where tokens were pruned."""
+        pruning = self._pruning
+        return self._now if pruning is None or pruning.view is None or site.layer < pruning.layer else pruning.view
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -510,6 +366,8 @@ class LanguageSession:
 
         Of the prompt that was read last; arguments as those of `attention_values`.
         """
+        if self._pruning is not None:
+            raise AttnCtrlError("sinks are mapped over whole images, and TokenPruning is attached\nHINT: VAR alone")
         return sink_values(self, index, row, layers)
 
     def sink_map(self, image: Any, index: int | None = None, *, row: int = 0, layers: Any = None) -> Any:
@@ -526,9 +384,8 @@ class LanguageSession:
             hits = sum(self.hits[control].values())
             acted = f"acted {hits} times" if hits else "has not acted yet"
             lines.append(f"  {control.name}: {len(self._weights[control])} layers, {acted}")
-            fitted = self._fitted[control]
-            if isinstance(fitted, LanguageControl):
-                lines += [f"  {line}" for line in fitted.says()]
+            if control in self._spoken:
+                lines += [f"  {line}" for line in self._spoken[control].says()]
         if self.calls:
             lines.append("  model: " + ", ".join(f"{count} {name}" for name, count in self.calls.items()))
         lines += [f"  note: {note}" for note in self.notes]

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..attention.rows import Mask, RowEdit
+from ..attention.row_engine import Mask
+from ..attention.rows import RowEdit
 from ..controls.base import Control
 from ..controls.language import LanguageControl, Prompt
 from ..errors import AttnCtrlError
@@ -18,16 +19,16 @@ def find_arranging(fitted: Mapping[Control, Control], decoder: nn.Module) -> tup
 
     Raises AttnCtrlError for two of them, and beside one that does not share its rows for any that edits rows.
     """
-    found = [(control, one) for control, one in fitted.items() if getattr(one, "arranges", False)]
+    spoken = {control: one for control, one in fitted.items() if isinstance(one, LanguageControl)}
+    found = [(control, one) for control, one in spoken.items() if one.arranges]
     if not found:
         return None
     first, chosen = found[0]
-    rows, alone = LanguageControl.row_edits, not getattr(chosen, "shares_rows", False)
     others = [
         control.name
-        for control, one in fitted.items()
+        for control, one in spoken.items()
         if control is not first
-        and (getattr(one, "arranges", False) or (alone and getattr(type(one), "row_edits", rows) is not rows))
+        and (one.arranges or not (chosen.shares_rows or type(one).row_edits is LanguageControl.row_edits))
     ]
     if others:
         raise AttnCtrlError(f"{first.name} and {', '.join(others)} edit the same rows\nHINT: attach one of them")

@@ -35,7 +35,8 @@ class Asides:
         self._with_image: Tensor | None = None
 
     @contextmanager
-    def _run(self, what: str):
+    def run(self, what: str):
+        """Inside, `running` is `what`, and nothing is recorded for gradients."""
         before, self.running = self.running, what
         try:
             with torch.no_grad():
@@ -55,14 +56,14 @@ class Asides:
         if self.running or known:
             return
         bound["past_key_values"] = copy.deepcopy(cache)
-        with self._run("preview"):
+        with self.run("preview"):
             logits = getattr(module(**bound), "logits", None)
         prompt, self.read = self.read, None
         if logits is not None:
             at = prompt.last if logits.shape[1] == prompt.length else [-1] * prompt.batch
             logits = logits[torch.arange(prompt.batch), at]
-        for fitted in self.session._fitted.values():
-            if getattr(fitted, "previews", False):
+        for fitted in self.session._spoken.values():
+            if fitted.previews:
                 fitted.previewed(prompt, logits)
         self._carried = prompt.lasting()
 
@@ -77,9 +78,9 @@ class Asides:
         Args:
             module: what is called with token ids. types: token_type_ids (B, n) of the call, if there were any.
         """
-        if any(getattr(fitted, "compares", False) for fitted in self.session._fitted.values()):
+        if any(fitted.compares for fitted in self.session._spoken.values()):
             stack = self.session.sites[0].path.rpartition(".")[0].rpartition(".")[0]
-            with self._run("text"):
+            with self.run("text"):
                 self._text = TextOnly(module, list(self.session.model.get_submodule(stack)), now, types)
 
     def end(self) -> None:
@@ -91,13 +92,13 @@ class Asides:
         if self._text is None or not self._comparing(site):
             return
         self._with_image = out[torch.arange(now.batch), :, now.row_of_last()].detach()
-        with self._run("text"):
+        with self.run("text"):
             self._text.run_through(self.session.model.get_submodule(site.path.rpartition(".")[0]))
         self._with_image = None
 
     def _comparing(self, site: Site) -> list[Control]:
-        fitted, weights = self.session._fitted, self.session._weights
-        return [c for c, f in fitted.items() if getattr(f, "compares", False) and site.path in weights[c]]
+        weights = self.session._weights
+        return [c for c, fitted in self.session._spoken.items() if fitted.compares and site.path in weights[c]]
 
     def attend(self, site: Site, inner, *args, **kwargs):
         """An attention call of the text alone: only comparing controls act, and they compare first."""

@@ -11,13 +11,18 @@ import torch
 from torch import nn
 
 from ..attention import Plan, record_kernels, with_mask
-from ..attention.watch import check_watches
+from ..attention.plan import Watch
+from ..attention.watch import Measure, check_watches
 from ..controls.base import Control, Moment
 from ..errors import AttnCtrlError
 from ..families import Family
 from ..families.family import pick_rows
 from ..sites import Block, Site, Tokens, lay_out
 from .gates import Gate, Kept
+
+
+class Enough(Exception):
+    """A pass that only measures has seen all that it was for."""
 
 
 @dataclass
@@ -37,6 +42,8 @@ class Pass:
     kept: dict[str, Kept] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
     left_out: set[str] = field(default_factory=set)  # blocks that did not run, and should not have
+    measures: bool = False  # for gradients: of what looks, only that which they go through does
+    wanted: frozenset[str] = frozenset()  # sites after which the pass ends
 
     def rows_of(self, control: Control) -> tuple[int, ...]:
         """Rows of this pass that a control is for."""
@@ -107,14 +114,14 @@ class Passes:
     def _refined_apart(self, now: Pass):
         """Where a model's text tokens attend to each other before the blocks, each appended prompt does so alone."""
         path = self.family.refiner
-        if path is None or not now.regions:
+        if path is None or not any(now.regions):
             yield
             return
 
         def through(gate: Gate, args: tuple, kwargs: dict):
             values = [*args, *kwargs.values()]
             whole = values[0].shape[1]
-            sizes = (whole - sum(now.regions), *now.regions)
+            sizes = (whole - sum(now.regions), *filter(None, now.regions))
             of_text = [isinstance(v, torch.Tensor) and v.ndim > 1 and v.shape[1] == whole for v in values]
             parts = [v.split(sizes, dim=1) if text else [v] * len(sizes) for v, text in zip(values, of_text)]
             calls = [(part[: len(args)], dict(zip(kwargs, part[len(args) :]))) for part in zip(*parts)]
@@ -131,16 +138,21 @@ class Passes:
         call = {name: dict(value) if isinstance(value, dict) else value for name, value in call.items()}
         if not now.active and not now.keep:
             return self.model._call_impl(**call)
+        with self._in_force(now):
+            output = self.model._call_impl(**call)
+            self._check_effect(now)
+        return output
+
+    @contextmanager
+    def _in_force(self, now: Pass):
         self._pass = now
         try:
             with record_kernels() as used:
-                output = self.model._call_impl(**call)
+                yield
             self.kernels.update(used)
-            self._check_effect(now)
         finally:
             self._pass = None
             self._masked.clear()
-        return output
 
     def _check_cache(self) -> None:
         if getattr(self.model, "is_cache_enabled", False):
@@ -296,7 +308,7 @@ class Passes:
             fits = tokens.length == n_q == n_k
         if not fits:
             return None
-        key = (site.path, controls, tokens, now.cond, now.batch, n_q)
+        key = (site.path, controls, tokens, now.cond, now.batch, n_q, now.measures)
         if key not in self._plans:
             self._plans[key] = self._plan(site, tokens, controls, now, n_q, n_k)
         if mask is None or not self._plans[key]:
@@ -328,12 +340,12 @@ class Passes:
             if not rows:
                 continue
             edits = [control.edit(site, tokens, self._strengths[control][site.path]) for control in mine]
-            edits += [control.bystander(site, tokens) for control in others]
+            edits += [control.beside(site, tokens, self._strengths[control][site.path]) for control in others]
             scales = [edit.head_scale for edit in edits if edit.head_scale is not None]
             negatives = [edit.negative for edit in edits if edit.negative is not None]
             plan = Plan(
                 segments=tuple(segment for edit in edits for segment in edit.segments),
-                lerps=tuple(lerp for edit in edits for lerp in edit.lerps),
+                lerps=tuple(lerp for edit in edits for lerp in edit.lerps if not now.measures or _measured(lerp)),
                 head_scale=torch.stack(scales).prod(0) if scales else None,
                 negative=negatives[0] if negatives else None,
                 rows=None if len(rows) == now.batch else rows,
@@ -351,10 +363,16 @@ class Passes:
         for control in self._pass.active:
             if site.path in self._strengths[control]:
                 self.hits[control][site.path] += 1
+        if self._pass.wanted and self._pass.wanted <= self._pass.seen:
+            raise Enough
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+
+def _measured(lerp) -> bool:
+    return isinstance(lerp, Measure) or not isinstance(lerp, Watch)
 
 
 def inside(path: str, paths: set[str]) -> bool:

@@ -7,6 +7,7 @@ import weakref
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -16,14 +17,20 @@ from torch import nn
 from ..attention import Plan
 from ..controls.base import Control, Moment
 from ..controls.language import LanguageControl
+from ..controls.latent_guidance import LatentGuidance
+from ..controls.subject_layout import SubjectLayout
 from ..errors import AttnCtrlError
 from ..families import Family, find_denoiser, find_family
 from ..families.family import running
 from ..guidance import add_to_all, add_to_rows, conditional_rows, guidance_delta
+from ..sites import Site
+from .adapters import AdapterCalls, Adapters
 from .diffusers import ControlledAttnProcessor
 from .gates import Gate
+from .latents import Latents
 from .moments import moment_of
 from .passes import Pass, Passes, inside
+from .region_texts import RegionTexts
 
 
 if TYPE_CHECKING:
@@ -84,17 +91,22 @@ class Session(Passes):
         self.records: list = []
         self._strengths: dict[Control, dict[str, torch.Tensor]] = {}
         self._edited: dict[Control, frozenset[str]] = {}
+        self._adapters: Adapters | None = None
+        self._latents = Latents(self)
         for control in controls:  # also neutral ones: a wrong head is wrong at strength 0 too
             self._check_family(control)
+            self._latents.check(control)
             touched, edited = control.touches(self.sites), control.touches_blocks(self.blocks)
             if not control.neutral:
+                if isinstance(control, SubjectLayout):
+                    if self._adapters is not None:
+                        raise AttnCtrlError("two SubjectLayouts place the same pictures; give all subjects to one")
+                    self._adapters = Adapters(control, model, touched, self.sites)
+                    touched = self._adapters.touched
                 if not touched and not edited and not control.moves:
                     raise AttnCtrlError(f"{control.name} matches no attention site of {self.family.name}")
                 self._strengths[control], self._edited[control] = touched, frozenset(edited)
-        for flag, does in (("shapes", "decide who attends to whom"), ("moves", "move reference pictures")):
-            same = [control.name for control in self._strengths if getattr(control, flag)]
-            if len(same) > 1:
-                raise AttnCtrlError(f"{' and '.join(same)} both {does}; give all regions to one of them")
+        self._check_apart()
         if combine == "joint":
             self._check_joint([control for control in controls if control.guides])
         self._units = self.family.run_order(model)
@@ -110,7 +122,7 @@ class Session(Passes):
         self._plans: dict[tuple, list[Plan]] = {}
         self._revisions: tuple[int, ...] = ()
         self._masked: dict[tuple, tuple[torch.Tensor, list[Plan]]] = {}
-        self._texts: dict[tuple, list[torch.Tensor]] = {}
+        self._texts = RegionTexts(self)
         self._step: tuple[int, int, float | None] | None = None
         self._new_picture = True  # with the next step that `set_step` told
         self._last: tuple[weakref.ref, int] | None = None  # timesteps of the pipeline's run, and the step
@@ -136,12 +148,31 @@ class Session(Passes):
         if control.moves and self.family.image_ids is None:
             raise AttnCtrlError(
                 f"{control.name} moves rotary positions, which {self.family.name} does not take as an argument\n"
-                "HINT: FLUX.1 Kontext, FLUX.2 and Chroma do"
+                "HINT: FLUX.1 Kontext, FLUX.2 and Chroma do; in UNets, SharedAttention(…, reposition=Reposition(…))"
             )
-        if self.family.encode is None and control.regions_in_use():
+        if getattr(control, "reposition", None) is not None and self.family.name != "unet":
+            raise AttnCtrlError(
+                f"{control.name}(reposition=…) is for UNets, whose keys have no positions, and those of {self.family.name} have\n"
+                "HINT: where reference pictures are a part of the sequence (FLUX.1 Kontext, FLUX.2, Chroma), attach Reposition itself"
+            )
+        if self.family.encode is None and any(region.encoded for region in control.regions_in_use()):
             raise AttnCtrlError(
                 f"{control.name} appends prompts to the text, which the family table of {self.family.name} does not know how to do"
             )
+
+    def _check_apart(self) -> None:
+        """Raises for controls that decide the same thing: who attends to whom at a site, or where tokens are."""
+        for one, other in combinations(self._strengths, 2):
+            shared = self._strengths[one].keys() & self._strengths[other].keys()
+            if one.shapes and other.shapes and shared:
+                raise AttnCtrlError(
+                    f"{one.name} and {other.name} both decide who attends to whom at {len(shared)} sites, e.g. {min(shared)}\n"
+                    "HINT: give all regions to one of them, or layers that they do not share"
+                )
+            if one.moves and other.moves:
+                raise AttnCtrlError(
+                    f"{one.name} and {other.name} both move reference pictures; give all regions to one of them"
+                )
 
     def _check_joint(self, guides: list[Control]) -> None:
         """Raises unless one pass with one scale in one window can hold the edits of all guiding controls."""
@@ -201,8 +232,10 @@ class Session(Passes):
                 self._processors[path] = (module, own, controlled)
                 if isinstance(own, nn.Module):  # an IP-Adapter's; it stays a part of the model, so that `.to` moves it
                     module._modules["_own_processor"] = module._modules.pop("processor")
+                    module.get_processor = partial(_own, own)  # diffusers asks for the adapter and its scale
                 module.processor = controlled
             self._gates = [Gate(path, modules[path], self._through) for path in sorted(gated)]
+            self._gates += self._adapters.gates() if self._adapters is not None else []
             if self._strengths:  # a gate, as offloading takes `forward` away and puts it back at the end of every run
                 self._gates.append(Gate("", self.model, lambda gate, args, kwargs: self._forward(*args, **kwargs)))
                 if hasattr(self.model, "cache_context"):
@@ -220,6 +253,7 @@ class Session(Passes):
                 return
             for module, processor, controlled in self._processors.values():
                 module._modules.pop("_own_processor", None)
+                module.__dict__.pop("get_processor", None)
                 if module.processor is controlled:
                     del module.processor
                     module.processor = processor
@@ -233,6 +267,7 @@ class Session(Passes):
             self._gates.clear()
             _ATTACHED[self.model].remove(self)
             self._attached = False
+            self._latents.forget()
             self._pass = self._pending = self._last = None
             self._new_picture = True
             self._plans.clear()
@@ -278,13 +313,16 @@ class Session(Passes):
         bound = self.family.bind(self.model.forward, args, kwargs)
         moment = self._when(bound)
         active = tuple(c for c in self._strengths if c.schedule.active(moment.fraction, moment.sigma))
-        batch = self.family.rows(bound)
-        if self._repeats(bound):
-            return self._second_call(bound, active, batch, moment)
+        batch, repeats = self.family.rows(bound), self._repeats(bound)
+        if self._adapters is not None:
+            bound = self._adapters.read(bound, batch, repeats)
         own_pass = bound.get("skip_layers") is not None  # a weak pass of the pipeline's own
+        bound = self._latents.in_force(bound, moment, repeats or own_pass)
+        if repeats:
+            return self._second_call(bound, active, batch, moment)
         if not own_pass:
             self._begin(moment)
-        mains = tuple(control for control in active if not control.guides)
+        mains = tuple(c for c in active if not c.guides and not isinstance(c, LatentGuidance))
         weights = {} if own_pass else {c: self._weight(c, moment) for c in active if c.guides}
         guides = tuple(control for control, weight in weights.items() if weight != 0)
         batched = self.pipeline is not None and self.family.cfg != "separate" and not own_pass
@@ -294,7 +332,9 @@ class Session(Passes):
         cond = conditional_rows(batch, cfg, self.family.cfg == "batched, cond first")
         rows = slice(cond[0], cond[-1] + 1)
         self._check_images((*mains, *guides), len(cond))
-        call, regions = self._with_regions(bound, mains)
+        if not own_pass:
+            bound = self._latents.guided(bound, active, mains, cond, batch, moment)
+        call, regions = self._with_regions(bound, mains, cond)
         now = self._new_pass(bound, mains, cond, batch, regions, moment)
         if own_pass:
             now.left_out.update(block.path for block in self.blocks if block.layer in bound["skip_layers"])
@@ -375,8 +415,9 @@ class Session(Passes):
         self.calls["passes"] += 1
         self.calls["blocks"] += len(self.blocks)
         mains = tuple(control for control in active if control.branch == "uncond" or control.both)
-        now = self._new_pass(bound, mains, (), batch, (), moment)
-        output = self._run(bound, now)
+        call, regions = self._with_regions(bound, mains, ())
+        now = self._new_pass(bound, mains, (), batch, regions, moment)
+        output = self._run(call, now)
         return output if delta is None else _replace(output, add_to_all(_sample(output), delta))
 
     def _repeats(self, bound: dict) -> bool:
@@ -424,33 +465,18 @@ class Session(Passes):
                 )
         return replace(moment, first=first)
 
-    def _with_regions(self, bound: dict, mains: tuple[Control, ...]) -> tuple[dict, tuple[int, ...]]:
-        """The call with region prompts appended to its text, and their lengths."""
-        regions = [region for control in mains for region in control.regions_in_use()]
-        if not regions:
-            return bound, ()
-        text = bound[self.family.text]
-        trims = [getattr(control, "trim_text", None) for control in mains for _ in control.regions_in_use()]
-        key = (text.shape[1], text.dtype, text.device, mains)
-        if key not in self._texts:
-            self._texts[key] = [self._encode(r, text).to(text)[:, :trim] for r, trim in zip(regions, trims)]
-        states = self._texts[key]
-        return self.family.add_text(bound, states), tuple(state.shape[1] for state in states)
+    def _with_regions(
+        self, bound: dict, mains: tuple[Control, ...], cond: tuple[int, ...] | None = None
+    ) -> tuple[dict, tuple[int, ...]]:
+        """The call with region prompts appended to its text, and their lengths; `cond` are its conditional rows, None for all."""
+        return self._texts.add(bound, mains, cond)
 
-    def _encode(self, region, text: torch.Tensor) -> torch.Tensor:
-        if region.prompt_embeds is not None:
-            embeds = region.prompt_embeds
-            if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[-1] != text.shape[-1]:
-                raise AttnCtrlError(
-                    f"region {region.prompt!r}: prompt_embeds is {tuple(embeds.shape)}, the model takes (1, T, {text.shape[-1]})"
-                )
-            return embeds
-        if self.pipeline is None:
-            raise AttnCtrlError(
-                f"region {region.prompt!r}: a bare denoiser has no text encoder\nHINT: attach to the pipeline, or give Region(prompt_embeds=…)"
-            )
-        with torch.no_grad():
-            return self.family.encode(self.pipeline, [region.prompt], text.shape[1], text.device)
+    def adapter_calls(self, site: Site, inner: Any) -> AdapterCalls | None:
+        """What catches the calls of an IP-Adapter at a site of the running pass, if a control wants them."""
+        found = self._adapters
+        if found is None or found.control not in self._pass.active or site.path not in found.touched:
+            return None
+        return found.calls(site, inner, lambda length: self._grid({"image": length}, self._pass))
 
     # -- what people ask -----------------------------------------------------------------------------------------------------
 
@@ -512,6 +538,11 @@ def attach(
 
         return LanguageSession(target, *controls).attach()
     return Session(target, *controls, combine=combine, prefix_reuse=prefix_reuse, pipeline=pipeline).attach()
+
+
+def _own(processor: nn.Module, *args, **kwargs) -> nn.Module:
+    """Stands in for the `get_processor` of an attention module whose own processor carries an IP-Adapter."""
+    return processor
 
 
 def _sample(output) -> torch.Tensor:

@@ -88,9 +88,13 @@ def random_segments(
     found = []
     for queries in split(n_q, rng.randint(1, 4), rng):
         keys = [group for group in split(n_k, rng.randint(1, 4), rng)]
-        groups = [KeyGroup(tokens, _bias(tokens, rng, batch, heads)) for tokens in keys if rng.random() < 0.7]
+        groups = [
+            KeyGroup(tokens, _bias(tokens, rng, batch, heads), rng.choice((1.0, 1.0, 0.5, 2.0)))
+            for tokens in keys
+            if rng.random() < 0.7
+        ]
         if keep is not None:
-            groups = [KeyGroup(g.tokens, 0.5) if _holds(g.tokens, keep) else g for g in groups]
+            groups = [KeyGroup(g.tokens, 0.5, g.scale) if _holds(g.tokens, keep) else g for g in groups]
             if not any(_holds(group.tokens, keep) for group in groups):
                 groups.append(KeyGroup(slice(keep, keep + 1)))
         found.append(Segment(queries, tuple(groups)))
@@ -131,6 +135,11 @@ def growth(plan: Plan) -> float:
         return 1.0
     scale = plan.negative.scale
     return 1 + 2 * plan.negative.alpha * (abs(scale) + abs(scale - 1))
+
+
+def steepest(plan: Plan) -> float:
+    """The largest scale of logits in a plan."""
+    return max((group.scale for segment in plan.segments for group in segment.keys), default=1.0)
 
 
 def overlapped(left: tuple[Segment, ...], right: tuple[Segment, ...], rng: random.Random) -> tuple[Segment, ...]:

@@ -26,7 +26,7 @@ from attnctrl.attention import (
 )
 from attnctrl.errors import AttnCtrlError
 
-from .helpers import budget, growth, overlapped, qkv, random_mask, random_plan, random_segments, size
+from .helpers import budget, growth, overlapped, qkv, random_mask, random_plan, random_segments, size, steepest
 
 
 TARGETS = ("identity", "uniform", "mean_query", "argmax")
@@ -37,7 +37,7 @@ def assert_exact(q, k, v, plan, **named):
     found, expected = run(q, k, v, plan, **named), dense(q, k, v, plan, **named)
     assert found.dtype == q.dtype and found.shape == expected.shape
     error = float((found.double() - expected).abs().max())
-    allowed = budget(q, k, v, named.get("scale")) * growth(plan)
+    allowed = budget(q, k * max(1.0, steepest(plan)), v, named.get("scale")) * growth(plan)
     assert error <= allowed, f"{error:.3g} > {allowed:.3g} for {plan.describe()}"
 
 
@@ -120,6 +120,27 @@ def test_isolated_regions_with_text(dtype, std):
     with record_kernels() as log:
         assert_exact(q, k, v, plan)
     assert log == {"sdpa": 8}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scales", [(7.3, 7.3), (7.3, 1.9), (1.0, 0.2)])
+def test_scaled_groups_are_one_call(scales, dtype):
+    """One scale is that of the call; several multiply the keys."""
+    q, k, v = qkv(2, 4, 18, 30, kv_heads=2, dtype=dtype)
+    keys = (KeyGroup(slice(20, 30), scale=scales[0]), KeyGroup(torch.tensor([1, 4, 9]), scale=scales[1]))
+    plan = Plan((Segment(slice(0, 18), keys),))
+    plan.check(18, 30, heads=4, batch=2)
+    with record_kernels() as log:
+        assert_exact(q, k, v, plan, scale=0.3)
+    assert sum(log.values()) == 1
+    assert (
+        float(
+            (run(q, k, v, plan) - run(q, k, v, Plan((Segment(slice(0, 18), [KeyGroup(g.tokens) for g in keys]),))))
+            .abs()
+            .max()
+        )
+        > 1e-3
+    )
 
 
 @pytest.mark.parametrize("policy", ["union", "priority", "mean"])

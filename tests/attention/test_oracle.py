@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attnctrl.attention import KeyGroup, Lerp, Plan, Segment, dense
+from attnctrl.attention import KeyGroup, Lerp, Plan, Segment, dense, with_mask
 from attnctrl.attention.oracle import materialize
 
 from .helpers import qkv
@@ -38,6 +38,17 @@ def test_segments_are_a_mask():
     mask = torch.full((6, 6), -math.inf, dtype=torch.float64)
     mask[:4, :2], mask[:4, 2:4], mask[4:, 1] = 0.0, 0.5, 0.0
     torch.testing.assert_close(dense(q, k, v, plan), F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
+def test_scales_multiply_logits_before_biases_and_masks():
+    q, k, v = qkv(1, 2, 6)
+    groups = (KeyGroup(slice(0, 2), 0.5, scale=3.0), KeyGroup(torch.tensor([3, 5]), scale=0.25))
+    mask = torch.zeros(6, dtype=torch.float64)
+    mask[3] = 0.75
+    plan = with_mask(Plan((Segment(slice(0, 6), groups),)), mask[None, None, None], 6, 6)
+    s = (q @ k.mT / 4)[..., [0, 1, 3, 5]] * torch.tensor([3.0, 3.0, 0.25, 0.25])
+    s = s + torch.tensor([0.5, 0.5, 0.75, 0.0])
+    torch.testing.assert_close(dense(q, k, v, plan), s.softmax(-1) @ v[:, :, [0, 1, 3, 5]])
 
 
 def test_weights_blend_segments():

@@ -20,6 +20,7 @@ from attnctrl.attention import (
     run_rows,
     with_mask,
 )
+from attnctrl.attention.watch import Measure
 from attnctrl.errors import AttnCtrlError
 
 from .helpers import budget, qkv, random_lerp, random_mask, random_segments, random_tokens
@@ -33,7 +34,7 @@ def random_peers(n: int, batch: int, rng: random.Random) -> Peers:
     return Peers(
         tuple(random_tokens(n, rng) for _ in range(batch)) if several else random_tokens(n, rng),
         rng.choice(("batch", "first")),
-        rng.choice((0.0, 0.0, -0.7, 1.5)),
+        rng.choice((0.0, 0.0, -0.7, 1.5, torch.randn(rng.randint(1, batch), n))),
         rng.choice((None, None, slice(2, n))),
         rng.choice((0.0, 0.0, 0.5)),
         rng.randrange(1000),
@@ -173,6 +174,8 @@ def test_mistakes_are_named():
         run(q, k, v, Plan((segment,)), causal=True)
     with pytest.raises(AttnCtrlError, match="neither 'batch' nor 'first'.*not between 0 and 1"):
         Peers(slice(0, 2), "last", dropout=2)
+    with pytest.raises(AttnCtrlError, match=r"bias \(3,\) is not \(rows, keys\)"):
+        Peers(slice(0, 2), bias=torch.zeros(3))
 
 
 # --- watches ----------------------------------------------------------------------------------------------------------
@@ -211,6 +214,34 @@ def test_a_watch_sees_plain_attention_beside_segments_and_lerps():
     assert len(seen) == len(alone) == 1 and torch.equal(seen[0], alone[0])
     with pytest.raises(AttnCtrlError, match="watch: keys"):
         Plan(lerps=(Watch(slice(0, 10), (slice(0, 30),), seen.append),)).check(10, 10)
+
+
+@pytest.mark.parametrize("few", [64, 2], ids=["columns", "LSEs"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_measure_and_its_gradient_are_those_of_dense_attention(kv_heads, masked, few, monkeypatch):
+    monkeypatch.setattr("attnctrl.attention.watch.MANY", few)
+    tensors = [x.requires_grad_() for x in qkv(2, 4, 14, 20, kv_heads=kv_heads, std=2)]
+    q, k, v = tensors
+    mask = torch.ones(2, 1, 1, 20, dtype=torch.bool) if masked else None
+    if masked:
+        mask[1, ..., 14:] = False
+    sets, among, seen = (torch.tensor([4, 9, 17]), slice(3, 12), slice(5, 6)), slice(3, 18), []
+    measure = Measure(slice(2, 12), sets, seen.append, among)
+    run(q, k, v, Plan(lerps=(measure,)), mask=mask)
+    s = q[:, :, 2:12] @ k.repeat_interleave(4 // kv_heads, 1).transpose(-1, -2) / q.shape[-1] ** 0.5
+    pattern = (s if mask is None else s.masked_fill(~mask, -torch.inf))[..., among].softmax(-1).mean(1)
+    expected = torch.stack([pattern[..., at].sum(-1) for at in (sets[0] - 3, slice(0, 9), slice(2, 3))], -1)
+    torch.testing.assert_close(seen[0], expected)
+    slope = torch.randn_like(expected)
+    wanted = torch.autograd.grad((slope * expected).sum(), (q, k))
+    torch.testing.assert_close(torch.autograd.grad((slope * seen[0]).sum(), (q, k)), wanted)
+    run(q, k.detach(), v.detach(), Plan(lerps=(measure,)), mask=mask)
+    (of_q,) = torch.autograd.grad((slope * seen[1]).sum(), q)
+    torch.testing.assert_close(of_q, wanted[0])
+    with torch.no_grad():
+        run(q, k, v, Plan(lerps=(measure,)), mask=mask)
+    assert torch.equal(seen[2], seen[0]) and not seen[2].requires_grad
 
 
 def test_segments_of_single_rows():

@@ -78,6 +78,8 @@ WRONG = {
     ),
     "bias (3,) for 5 keys": Plan((Segment(slice(0, 8), (KeyGroup(slice(0, 5), torch.zeros(3)),)),)),
     "bias (1, 3, 5) for 4 heads": Plan((Segment(slice(0, 8), (KeyGroup(slice(0, 5), torch.zeros(1, 3, 5)),)),)),
+    "key group 0: scale 0.0 is not above 0": Plan((Segment(slice(0, 8), (KeyGroup(slice(0, 5), scale=0.0),)),)),
+    "key group 0: scale inf is not": Plan((Segment(slice(0, 8), (KeyGroup(slice(0, 5), scale=math.inf),)),)),
     "bias nan": Plan((Segment(slice(0, 8), (KeyGroup(slice(0, 5), math.nan),)),)),
     "bias holds NaN or +inf": Plan((Segment(slice(0, 8), (KeyGroup(slice(0, 5), torch.full((5,), math.inf)),)),)),
     "(identity) needs as many queries as keys": Plan(lerps=(Lerp("identity", torch.ones(4)),)),

@@ -1,3 +1,6 @@
+import itertools
+import warnings
+
 import diffusers
 import pytest
 import torch
@@ -6,8 +9,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import attnctrl as ac
+from attnctrl.attention import Plan, run
 from attnctrl.families import find_family
 from attnctrl.icons.recipes.text import LENGTH, build_tokenizer
+from attnctrl.sites import Site, Tokens
 
 from ..dense import DenseAttention, plain, scores
 from ..models import (
@@ -424,9 +429,94 @@ def test_prompts_are_encoded_as_stable_diffusion_does(tmp_path):
         assert (pipe("a red cat", **options, **seed()).images - wanted).abs().max() > 1e-3
 
 
+def split_places(side: int) -> list[ac.Region]:
+    cells = [(x / side, y / side) for y in range(side) for x in range(side)]
+    return [ac.Region(f"cell {i}", box=(x, y, x + 1 / side, y + 1 / side)) for i, (x, y) in enumerate(cells)]
+
+
+@pytest.mark.parametrize("kind", ["joint", "cross", "self"])
+def test_sixty_four_regions_of_one_token(kind):
+    """Each image token sees its own prompt and itself; each prompt sees itself and its token."""
+    side, length = 8, 2
+    image, texts = [("image", side**2)], [("text", 3), *((f"region:{i}", length) for i in range(side**2))]
+    streams = {"joint": image + texts, "cross": texts, "self": image}[kind]
+    ends = list(itertools.accumulate(n for _, n in streams))
+    tokens = Tokens(tuple((s, e - n, e) for (s, n), e in zip(streams, ends)), (side, side))
+    site = Site("attn", 0, kind, 2, ("image", "text"))
+    edit = ac.RegionalPrompts(split_places(side), base_weight=0).edit(site, tokens, torch.ones(2))
+    roles = [(s.split(":")[0], int(s[7:]) if ":" in s else i) for s, n in streams for i in range(n)]
+    rows = [("image", i) for i in range(side**2)] if kind == "cross" else roles
+
+    def sees(a, b):
+        (one, i), (other, j) = a, b
+        return other in ("image", "text") if one == "text" else other != "text" and i == j
+
+    allowed = torch.tensor([[sees(a, b) for b in roles] for a in rows])
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, len(n), 8, generator=generator, dtype=torch.float64) for n in (rows, roles, roles))
+    Plan(edit.segments).check(len(rows), len(roles), heads=2)
+    torch.testing.assert_close(run(q, k, v, Plan(edit.segments)), plain(q, k, v, allowed))
+
+
+def test_a_mask_of_one_pixel():
+    mask = torch.zeros(16, 16)
+    mask[5, 9] = 1
+    model, inputs = tiny_sd3(), sd3_call()
+    for downsample, said in (("area", "region 'dot' covers no token of the 4 x 4 grid"), ("max", None)):
+        region = ac.Region("dot", mask=mask, downsample=downsample, prompt_embeds=embeds(0))
+        with torch.no_grad(), ac.attach(model, ac.RegionalPrompts([region])):
+            if said:
+                with pytest.raises(ac.AttnCtrlError, match=said):
+                    model(**inputs)
+            else:
+                assert region.tokens((4, 4)).nonzero().flatten().tolist() == [6]
+                assert model(**inputs)[0].isfinite().all()
+
+
+def test_masks_of_other_proportions_are_named():
+    model = tiny_sd3()
+    square = ac.RegionalPrompts([ac.Region("square", mask=torch.ones(32, 32), prompt_embeds=embeds(0))])
+    with torch.no_grad(), ac.attach(model, square):
+        with pytest.warns(UserWarning, match="region 'square': a mask of 32 x 32 is stretched over .* 8 x 4 tokens"):
+            model(**sd3_call(height=8, width=16))
+    wide = ac.RegionalPrompts([ac.Region("wide", mask=torch.ones(31, 66), prompt_embeds=embeds(0))])
+    with torch.no_grad(), ac.attach(model, wide), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**sd3_call(height=8, width=16))
+    with pytest.raises(ac.AttnCtrlError, match=r"region 'rgb': a mask is \(H, W\), got \(8, 8, 3\)"):
+        ac.Region("rgb", mask=torch.zeros(8, 8, 3))
+
+
+def test_sites_apart_take_two_controls():
+    """Isolation in self-attention and phrases in cross-attention share no site of a UNet, and all of SD3's."""
+    boxes = [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]
+    phrases = ac.ConstrainedCrossAttention({"a": boxes[0]}, {"a": (1, 2)})
+    model, inputs = tiny_unet(), unet_call()
+
+    def formula(index, q, k, v):
+        grid = {64: (8, 8), 16: (4, 4)}[q.shape[2]]
+        left, right = (ac.Region("", box=box).tokens(grid) for box in boxes)
+        if k.shape[2] == q.shape[2]:
+            return plain(q, k, v, ~(left[:, None] & right) & ~(right[:, None] & left))
+        said = torch.zeros(k.shape[2], dtype=torch.bool)
+        said[1:3] = True
+        return plain(q, k, v, left[:, None] | ~said)
+
+    with torch.no_grad(), DenseAttention(formula):
+        wanted = model(**inputs)[0]
+    with torch.no_grad(), ac.attach(model, ac.Isolation(boxes), phrases):
+        torch.testing.assert_close(model(**inputs)[0], wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ac.AttnCtrlError, match="Isolation and ConstrainedCrossAttention both decide .* at 2 sites"):
+        ac.attach(tiny_sd3(layers=2), ac.Isolation(boxes), phrases)
+    late = ac.ConstrainedCrossAttention({"a": boxes[0]}, {"a": (1, 2)}, layers="1")
+    with torch.no_grad(), ac.attach(model := tiny_sd3(layers=2), ac.Isolation(boxes, layers="0"), late) as session:
+        model(**sd3_call())
+        assert all(session.hits[control] for control in session.controls)
+
+
 def test_presets():
     regions = make(DISJOINT).regions
-    for name in ("instantx", "attention_couple", "bounded"):
+    for name in ("instantx", "attention_couple", "bounded", "omost"):
         assert isinstance(ac.RegionalPrompts.preset(name, regions), ac.RegionalPrompts)
     published = ac.RegionalPrompts.preset("instantx", regions)
     assert published.schedule.covers(24) == 5 and published.isolate

@@ -3,7 +3,18 @@ import torch
 
 import attnctrl as ac
 
-from ..models import chroma_call, flux2_call, flux_call, tiny_chroma, tiny_flux, tiny_flux2, tiny_sd3
+from ..dense import DenseAttention, plain, scores
+from ..models import (
+    chroma_call,
+    flux2_call,
+    flux_call,
+    tiny_chroma,
+    tiny_flux,
+    tiny_flux2,
+    tiny_sd3,
+    tiny_unet,
+    unet_call,
+)
 from ..models.common import Noise, position_ids
 from ..processors.tiny_pipelines import PIPELINES
 
@@ -161,6 +172,104 @@ def test_guidance_by_perturbed_heads_and_isolation_see_the_same_positions():
             torch.testing.assert_close(model(**inputs)[0], wanted, rtol=1e-4, atol=1e-5)
 
 
+def square(box, side: int) -> tuple[slice, slice]:
+    """The tokens of a box, rows and columns."""
+    x0, y0, x1, y1 = (round(edge * side) for edge in box)
+    return slice(y0, y1), slice(x0, x1)
+
+
+SOURCE, TARGET, OTHER = (0, 0, 0.5, 1), (0.25, 0.5, 1, 1), (0.5, 0.5, 1, 1)
+HOLES = torch.ones(8, 8)
+HOLES[2:4], HOLES[:, 4:] = 0, 0  # a mask inside the source
+
+
+def resampled(source, target, mask=None, reference="first", lends="all", strength=1.0):
+    """Dense attention in which keys and values of a reference are cut out at `source` and resized to `target`, before they are lent."""
+
+    def attend(index, q, k, v):
+        n = k.shape[2]
+        side = round(n**0.5)
+        if side * side != n:
+            return plain(q, k, v)
+        shape = torch.zeros(side, side)
+        shape[square(source, side)] = 1
+        if mask is not None:
+            shape = torch.nn.functional.avg_pool2d(mask[None], 8 // side)[0] >= 0.5
+        size = torch.zeros(side, side)[square(target, side)].shape
+
+        def moved(x):  # (H, N, D) of a row -> (H, tokens of the target, D)
+            cut = x.unflatten(1, (side, side))[:, square(source, side)[0], square(source, side)[1]]
+            return torch.nn.functional.interpolate(cut.movedim(-1, 1), size, mode="nearest").flatten(2).transpose(1, 2)
+
+        kept = moved(shape.flatten()[None, :, None].double())[0, :, 0] > 0.5
+        stays = ~shape.flatten().bool() if lends == "all" else torch.zeros(n, dtype=torch.bool)
+        out = plain(q, k, v)
+        for row in range(1, len(q)):
+            keys, values, weights = [k[row]], [v[row]], [torch.ones(n)]
+            parts = (moved(k[0])[:, kept], moved(v[0])[:, kept], strength), (k[0][:, stays], v[0][:, stays], 1.0)
+            if strength < 1:
+                own = shape.flatten().bool()
+                parts = *parts, (k[0][:, own], v[0][:, own], 1 - strength)
+            for key, value, weight in parts:
+                keys.append(key), values.append(value), weights.append(torch.full((key.shape[1],), weight))
+            logits = scores(q[row], torch.cat(keys, 1)) + torch.cat(weights).double().log()
+            out[row] = logits.softmax(-1) @ torch.cat(values, 1)
+        return out
+
+    return attend
+
+
+@pytest.mark.parametrize(
+    "sources, mask, more",
+    [(None, None, {}), ([SOURCE], None, {}), ([HOLES], HOLES, {}), ([SOURCE], None, {"strength": 0.6})],
+    ids=["whole", "box", "mask", "strength"],
+)
+@pytest.mark.parametrize("target", [TARGET, OTHER], ids=["larger", "smaller"])
+def test_unets_see_references_as_if_their_features_had_been_resampled(sources, mask, more, target):
+    model, inputs = tiny_unet(), unet_call(batch=3)
+    box = (0, 0, 1, 1) if sources is None else SOURCE
+    control = ac.SharedAttention(reference="first", reposition=ac.Reposition([target], sources, **more))
+    with torch.no_grad():
+        with DenseAttention(resampled(box, target, mask, **more)):
+            wanted = model(**inputs)[0]
+        with ac.attach(model, control):
+            got = model(**inputs)[0]
+        with ac.attach(model, ac.SharedAttention(reference="first")):
+            unmoved = model(**inputs)[0]
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert (got - unmoved).abs().max() > 1e-4
+
+
+def test_unets_lend_subjects_alone_and_the_same_place_changes_nothing():
+    model, inputs = tiny_unet(), unet_call(batch=2)
+    subjects = [SOURCE, OTHER]
+    options = {"reference": "first", "subjects": subjects}
+    with torch.no_grad():
+        with DenseAttention(resampled(SOURCE, TARGET, lends="subject")):
+            wanted = model(**inputs)[0]
+        with ac.attach(model, ac.SharedAttention(**options, reposition=ac.Reposition([TARGET], [SOURCE]))):
+            torch.testing.assert_close(model(**inputs)[0], wanted, rtol=1e-4, atol=1e-5)
+        with ac.attach(model, ac.SharedAttention(subjects)):
+            unmoved = model(**inputs)[0]
+        same = ac.Reposition(subjects, subjects)
+        with ac.attach(model, ac.SharedAttention(subjects, reposition=same)):
+            torch.testing.assert_close(model(**inputs)[0], unmoved, rtol=1e-5, atol=1e-6)
+        for neutral in (ac.Reposition([TARGET], strength=0), ac.Reposition()):
+            with ac.attach(model, ac.SharedAttention(subjects, reposition=neutral)):
+                assert torch.equal(model(**inputs)[0], unmoved)
+
+
+def test_counts_are_those_of_nearest_neighbours():
+    control = ac.Reposition([(0, 0, 1, 0.25), (0.5, 0.5, 1, 1)], [(0, 0, 0.5, 1), (0.75, 0.75, 1, 1)], [1, 1])
+    counts = control.counts((4, 4)).view(2, 4, 4)
+    assert torch.equal(counts[0], torch.ones(4, 4))
+    assert counts[1].tolist() == [[2, 2, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 4]]
+    lone = torch.zeros(8, 8)
+    lone[7, 1] = lone[3, 7] = 1
+    with pytest.raises(ac.AttnCtrlError, match="so small on the 8 x 8 grid that no token of the source is left\nHINT"):
+        ac.Reposition([(0, 0, 0.125, 0.125)], [lone]).counts((8, 8))
+
+
 def test_mistakes_are_named():
     place = (0.5, 0, 1, 1)
     for given, message in (
@@ -185,5 +294,17 @@ def test_mistakes_are_named():
                 session.model(**inputs)
     with pytest.raises(ac.AttnCtrlError, match="rotary positions, which sd3 does not take"):
         ac.attach(tiny_sd3(), ac.Reposition([place]))
+    with pytest.raises(
+        ac.AttnCtrlError, match="rotary positions, which unet does not take.*\nHINT.*in UNets, SharedAttention"
+    ):
+        ac.attach(tiny_unet(), ac.Reposition([place]))
+    shared = ac.SharedAttention(reposition=ac.Reposition([place], pictures=[3]))
+    with pytest.raises(
+        ac.AttnCtrlError, match="is for UNets, whose keys have no positions, and those of sd3 have\nHINT"
+    ):
+        ac.attach(tiny_sd3(), shared)
+    with torch.no_grad(), ac.attach(tiny_unet(), shared) as session:
+        with pytest.raises(ac.AttnCtrlError, match=r"a bias \(4, 64\) of lent keys for 2 rows and 64 keys"):
+            session.model(**unet_call())
     with pytest.raises(ac.AttnCtrlError, match="both move reference pictures"):
         ac.attach(tiny_flux(), ac.Reposition([place]), ac.Reposition([place]))

@@ -10,6 +10,7 @@ from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, S
 from diffusers.pipelines.stable_diffusion_3 import StableDiffusion3PipelineOutput
 
 import attnctrl as ac
+from attnctrl.controls.subject_masks import phrase_tokens
 from attnctrl.pipelines import RegionalPipeline
 
 from ..processors.test_pipelines import flux_pipe
@@ -109,6 +110,41 @@ def test_shared_regions_are_one_batch(pipeline):
     assert np.array_equal(got, expected)
     pictures = pipeline(prompts, [[LEFT], [LEFT]], generator=seeds(0, 1), **{**CALL, "output_type": "pil"}).images
     assert [picture.size for picture in pictures] == [(16, 16)] * 2
+
+
+def test_negative_prompts_of_regions(pipeline):
+    """In unconditional rows a region everywhere with the negative prompt of the picture is the picture's."""
+    regions = [LEFT, ac.Region("a blue car", box=(0.5, 0, 1, 1), negative_prompt="a dog")]
+    call = {**CALL, "negative_prompt": "a key"}
+    got = pipeline("a cat", regions, generator=seeds(0), **call).images
+    assert np.array_equal(got, by_hand(pipeline.pipe, "a cat", regions, call=call, stop=0.3))
+    plain = pipeline("a cat", [LEFT, RIGHT], generator=seeds(0), **call).images
+    assert not np.array_equal(got, plain)
+    same = {"base_weight": 0.0, "stop": 1.0}
+    everywhere = [ac.Region("a fish", box=(0, 0, 1, 1), negative_prompt=text) for text in ("a key", None)]
+    one, other = (pipeline("a cat", [r], generator=seeds(0), **same, **call).images for r in everywhere)
+    assert np.abs(one - other).max() < 1e-3
+
+
+def test_phrases_of_the_prompt(pipeline):
+    prompt, box = "a red cat and a blue car", (0, 0, 0.5, 1)
+    got = pipeline(prompt, [ac.Region.phrase("red cat", box)], generator=seeds(0), **CALL).images
+    tokens = phrase_tokens("red cat", prompt, pipeline.tokenizer)
+    region = ac.Region.phrase("red cat", box, numbers=tokens)
+    assert np.array_equal(got, by_hand(pipeline.pipe, prompt, [region], stop=0.3))
+    assert not np.array_equal(got, pipeline(prompt, [], generator=seeds(0), **CALL).images)
+    prompts = [prompt, "the sky over a red cat"]
+    together = pipeline(prompts, [ac.Region.phrase("red cat", box)], generator=seeds(0, 1), **CALL).images
+    assert np.array_equal(together[:1], got)
+    second = pipeline(prompts[1], [ac.Region.phrase("red cat", box)], generator=seeds(1), **CALL).images
+    assert np.array_equal(together[1:], second)
+    for wrong, regions, match in (
+        (["a dog", prompt], [ac.Region.phrase("red cat", box)], "prompt 1 of 2: the phrase 'red cat' is not in"),
+        ("a cat, a cat", [ac.Region.phrase("cat", box)], "'cat' stands 2 times"),
+        (None, [ac.Region.phrase("cat", box)], "looked up in the prompt, and there is none"),
+    ):
+        with pytest.raises(ac.AttnCtrlError, match=match):
+            pipeline(wrong, regions, **CALL)
 
 
 def test_flux_with_embeddings():

@@ -31,6 +31,8 @@ class Model:
     image_ids: tuple[int, ...]
     class_token: bool = False
     """The vision tower has a class token, and its other tokens are the image tokens, one by one."""
+    grid: str = ""
+    """How image tokens lie in their image, as in `LanguageFamily`."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ _VIDEO = ("image_token_id", "video_token_id")
 FAMILIES = (
     LanguageFamily("LLaVA", "llava", grid="square"),
     LanguageFamily("LLaVA-NeXT", "llava_next", grid="base"),
+    LanguageFamily("LLaVA-NeXT-Video", "llava_next_video", image_ids=_VIDEO, grid="base"),
     LanguageFamily("LLaVA-OneVision", "llava_onevision", image_ids=_VIDEO, grid="base"),
     LanguageFamily("Qwen2-VL", "qwen2_vl", image_ids=_VIDEO, grid="patches"),
     LanguageFamily("Qwen2.5-VL", "qwen2_5_vl", image_ids=_VIDEO, grid="patches"),
@@ -140,7 +143,8 @@ def find_language(model: nn.Module) -> Language:
     whole = family.grid == "square" and getattr(config, "vision_feature_select_strategy", None) == "default"
     seen = getattr(base, "vision_tower", None) if whole else None
     tower = tuple(m for m in seen.modules() if type(m).__name__ == "CLIPAttention") if seen is not None else ()
-    facts = Model(family.name, text.model_type, text.hidden_size, len(sites), text.vocab_size, ids, bool(tower))
+    sizes = (text.hidden_size, len(sites), text.vocab_size)
+    facts = Model(family.name, text.model_type, *sizes, ids, bool(tower), family.grid)
     return Language(family, base, decoder, sites, facts, tower)
 
 
