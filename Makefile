@@ -4,11 +4,13 @@
 #   make test      the whole test suite
 #   make style     fix and format       make quality   the same, check only
 #   make docs      the documentation in site/
+#   make space     a folder that runs as a Hugging Face Space: make space SPACE=folder
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SPACE ?= outputs/space
 SETUP_FILES := pyproject.toml constraints.txt
 
 DEMO_ARGS ?= "a red cat and a blue car" \
@@ -17,7 +19,7 @@ DEMO_ARGS ?= "a red cat and a blue car" \
 	--max-sequence-length 1 --compare --name demo --output outputs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test style quality docs clean
+.PHONY: help demo test style quality docs space clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -61,6 +63,9 @@ quality: $(VENV)/.installed-test
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict
+
+space: $(VENV)/.created
+	$(BIN)/python apps/space/write.py "$(SPACE)"
 
 clean:
 	rm -rf "$(VENV)" site outputs

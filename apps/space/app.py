@@ -1,10 +1,10 @@
-"""A Hugging Face Space with the demo on the built-in model."""
+"""A Hugging Face Space with the demo on the built-in models."""
 
 import os
 import tempfile
 from pathlib import Path
 
-from attnctrl.apps.demo.serve import serve
+from attnctrl.apps.demo.serve import pick_vlm, serve
 from attnctrl.apps.generate import Job
 
 
@@ -16,4 +16,5 @@ if __name__ == "__main__":
         job,
         host=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
         port=int(os.environ.get("GRADIO_SERVER_PORT", 7860)),
+        vlm=pick_vlm(os.environ.get("VLM")),
     )

@@ -26,7 +26,7 @@ class Question:
     """What `attnctrl ask` was asked.
 
     Args:
-        model: hub id or folder. controls: as `--control` writes them.
+        model: built in, hub id or folder. controls: as `--control` writes them.
         show_attention: picture of where the model looked, the mean over the tokens of its answer; beside it, with `compare`, without
             the controls.
         compare: answer without the controls too.
@@ -50,7 +50,7 @@ def ask(question: Question) -> Iterator[tuple[str, bool]]:
     """Lines, each with whether it belongs to the answer; all that can be wrong without the model is said before it is loaded."""
     text = question.text.strip()
     if not text:
-        raise AttnCtrlError('there is no question\nHINT: attnctrl ask picture.jpg "What is in the picture?" --model …')
+        raise AttnCtrlError('there is no question\nHINT: attnctrl ask picture.jpg "What is in the picture?"')
     if question.compare and not question.controls:
         raise AttnCtrlError("--compare needs a control\nHINT: --control 'PAI(alpha=0.5)'")
     if question.show_attention is not None:

@@ -155,6 +155,7 @@ def run(job: Job, controls: Sequence[Control]) -> Iterator[Path | str]:
 
     with quiet_imports():
         from ..processors import Session
+        from ..processors.phrases import with_phrases
         from .loading import load_pipeline
 
     if job.compare and not controls:
@@ -163,7 +164,9 @@ def run(job: Job, controls: Sequence[Control]) -> Iterator[Path | str]:
         )
     pipeline, made = load_pipeline(job)
     arguments = call_arguments(job, pipeline)
-    session = Session(pipeline, *controls) if controls else None  # a head that does not exist is told here
+    session = (
+        Session(pipeline, *with_phrases(controls, job.prompt, pipeline)) if controls else None
+    )  # a head that does not exist is told here
     request = job.request(controls, made)
     stem = job.stem(request)
     ways = [("", session, request)]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from .._quiet import quiet_imports
 from ..errors import AttnCtrlError
+from ..fetch import MODELS as FETCHED
+from ..icons.models import PREFIX, builtin_vlms
 from ..loading import one_line, pick_device, quiet_loading
 from .loading import pick_dtype
 
@@ -24,9 +26,11 @@ TEXTS = (  # what the sink dimensions are measured on: the first token is the sa
 
 
 def is_language_model(model: str, revision: str | None = None) -> bool:
-    """A folder or hub id with a configuration of transformers and no diffusion pipeline."""
+    """A built-in one, or a folder or hub id with a configuration of transformers and no diffusion pipeline."""
+    if model.startswith(PREFIX):
+        return model.removeprefix(PREFIX) in builtin_vlms().keys() | FETCHED.keys()
     folder = Path(model).expanduser()
-    if folder.exists() or model.startswith("builtin:"):
+    if folder.exists():
         return (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
     with quiet_imports():
         from transformers.utils import cached_file

@@ -1,3 +1,4 @@
+import shutil
 import warnings
 
 import numpy as np
@@ -8,6 +9,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from attnctrl import PAI, PASTA, VAR, AttnCtrlError, RecordAttention, attach
 from attnctrl.apps.ask import seen
+from attnctrl.icons.models import builtin_vlms
+from attnctrl.icons.questions import IconWorld
 from attnctrl.pipelines import GroundedVLM
 from attnctrl.processors.maps import heat_map
 
@@ -16,19 +19,6 @@ from ..language.test_language import state
 
 
 ASKED = "what is in the picture"
-
-
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory):
-    return save_llava(tmp_path_factory.mktemp("llava"))
-
-
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures") / "wide.png"
-    raw = np.random.default_rng(0).integers(0, 255, (20, 40, 3), dtype=np.uint8)
-    Image.fromarray(raw).save(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +70,16 @@ def test_the_answer_is_that_of_generate(attnctrl, vlm, picture, loaded, tmp_path
         assert np.abs(np.asarray(both)[:, 20:].astype(int) - wanted).max() <= 2
 
 
+@pytest.mark.skipif("icons-vlm" not in builtin_vlms(), reason="the built-in model is not there")
+def test_the_built_in_model_needs_no_name(attnctrl, tmp_path):
+    world, rng = IconWorld(), np.random.default_rng(5)
+    scene = world.scene(rng, objects=1)
+    question = world.questions(scene, rng, ["color"])[0]
+    scene.render().save(tmp_path / "scene.png")
+    code, out, err = attnctrl("ask", tmp_path / "scene.png", question.text)
+    assert code == 0 and question.right(out), out + err
+
+
 def test_ask_refuses(attnctrl, vlm, picture, tmp_path, monkeypatch):
     (tmp_path / "no.png").write_text("no picture")
     llama, bare = save_llama(tmp_path / "llama"), save_llava(tmp_path / "bare", template=None)
@@ -91,10 +91,10 @@ def test_ask_refuses(attnctrl, vlm, picture, tmp_path, monkeypatch):
         return err
 
     named = ("--model", vlm)
-    assert "no built-in vision-language model yet" in refusal(picture, ASKED)
-    assert "no built-in vision-language model 'builtin:icons-vlm' yet" in refusal(
-        picture, ASKED, "--model", "builtin:icons-vlm"
-    )
+    with monkeypatch.context() as nothing:
+        nothing.setattr("attnctrl.icons.models.asset_folders", lambda: ())
+        assert "no built-in vision-language model 'builtin:icons-vlm'" in refusal(picture, ASKED)
+    assert "no built-in vision-language model 'builtin:none'" in refusal(picture, ASKED, "--model", "builtin:none")
     assert "none.png' does not exist" in refusal(tmp_path / "none.png", ASKED, *named)
     assert "cannot be read as a picture" in refusal(tmp_path / "no.png", ASKED, *named)
     assert "is a llama, which reads no images" in refusal(picture, ASKED, "--model", llama)
@@ -170,6 +170,15 @@ def test_grounded_vlm_refuses(vlm, picture):
 
 
 # -- attnctrl inspect ------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_finds_built_in_language_models(attnctrl, vlm, tmp_path, monkeypatch):
+    shutil.copytree(vlm, tmp_path / "models" / "little")
+    monkeypatch.setattr("attnctrl.icons.models.asset_folders", lambda: (tmp_path,))
+    code, out, err = attnctrl("inspect", "builtin:little")
+    assert code == 0 and out.startswith("builtin:little: LlavaForConditionalGeneration"), err
+    code, _, err = attnctrl("inspect", "builtin:less")
+    assert code == 2 and "there is no built-in model 'less'" in err and "builtin:little" in err
 
 
 def test_inspect_language_models(attnctrl, vlm, tmp_path):

@@ -4,16 +4,15 @@ import base64
 import io
 import json
 import shlex
-import struct
 import subprocess
 import zipfile
-import zlib
 from pathlib import Path
 from threading import Event
 
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxPipeline
 from PIL import Image
 
 from attnctrl.apps.batch.pictures import encode, read_request
@@ -25,13 +24,16 @@ from attnctrl.apps.demo.files import draw_file, read_file
 from attnctrl.apps.demo.forms import controls, read_form, summary
 from attnctrl.apps.demo.limits import admit, picture_request
 from attnctrl.apps.demo.parts import boxes_from, boxes_of
+from attnctrl.apps.demo.progress import Step, Stopped, Watch
 from attnctrl.apps.demo.scores import CHOSEN, FIRST, scores_of
-from attnctrl.apps.demo.studio import Picture, Step, Stopped, Studio
+from attnctrl.apps.demo.studio import Picture, Studio
 from attnctrl.apps.generate import Job
 from attnctrl.apps.metadata import mask_to_text
 from attnctrl.controls import RegionalPrompts
 from attnctrl.errors import AttnCtrlError
 from attnctrl.heads import HeadSet
+
+from .conftest import bomb
 
 
 PROMPT = "a red cat and a blue car"
@@ -216,21 +218,6 @@ def test_canvas_holds_boxes_and_masks():
         boxes_from([{**REGIONS[0], "feather": 0.1}])
 
 
-def bomb(side: int) -> bytes:
-    """A small PNG file that claims side x side pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
-        + chunk(b"IEND", b"")
-    )
-
-
 @pytest.mark.parametrize(
     "name, data, said",
     [
@@ -348,7 +335,7 @@ def test_stopped_before_its_turn_makes_nothing(studio):
 
 
 def test_previews_are_pictures_of_what_forms(studio, monkeypatch):
-    monkeypatch.setattr("attnctrl.apps.demo.studio.EVERY", 0.0)
+    monkeypatch.setattr("attnctrl.apps.demo.progress.EVERY", 0.0)
     visitor = studio.visitor("test")
     asked = [("picture", admit({"prompt": PROMPT, "steps": 4}))]
     *steps, picture = studio.draw(asked, visitor.folder, visitor.begin(), previews=True)
@@ -356,6 +343,33 @@ def test_previews_are_pictures_of_what_forms(studio, monkeypatch):
     assert len(previews) == 3
     assert all(preview.size == (16, 16) for preview in previews)
     assert np.array_equal(pixels(picture.image), pixels(draw(studio, asked[0][1])[-1].image))
+
+
+def test_packed_latents_are_unpacked_by_the_pipeline(studio, monkeypatch):
+    """FLUX hands its latents over in packed form, SD3 does not: the same latents give the same preview."""
+    monkeypatch.setattr("attnctrl.apps.demo.progress.EVERY", 0.0)
+    vae, parts = (
+        studio.model.pipeline.vae,
+        dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")),
+    )
+    scheduler = studio.model.pipeline.scheduler
+    flux = FluxPipeline(scheduler=scheduler, vae=vae, transformer=None, **parts)
+    latents = torch.randn(1, 4, 16, 8, generator=torch.Generator().manual_seed(0))
+    packed = flux._pack_latents(latents, 1, 4, 16, 8)
+    assert packed.shape == (1, 32, 16)
+
+    def preview(pipeline, given, size=(16, 32)) -> Step:
+        told = []
+        Watch("picture", 4, Event(), told.append, size)(pipeline, 1, None, {"latents": given})
+        return told[0]
+
+    wanted = preview(studio.model.pipeline, latents)
+    assert wanted.preview.size == (16, 32) and wanted.note == ""
+    assert np.array_equal(pixels(preview(flux, packed).preview), pixels(wanted.preview))
+    assert preview(flux, packed, size=(16, 48)).note == "FluxPipeline draws at another size than 16 x 48"
+    assert "packs latents in a way of its own" in preview(studio.model.pipeline, packed).note
+    assert "are not those of one picture" in preview(flux, latents[None]).note
+    assert preview(flux, packed, size=None) == Step("picture", 2, 4)
 
 
 def attended(studio, regions, **options) -> Picture:
@@ -490,7 +504,8 @@ def test_presets_are_taken_by_name_alone(studio, tmp_path, monkeypatch):
     heads.save(folder / "head_set.json")
     monkeypatch.setattr("attnctrl.icons.models.asset_folders", lambda: (tmp_path,))
     page = Page(studio)
-    assert page.take_preset("sharp") == {
+    page.build()
+    assert page.heads.take_preset("sharp") == {
         "layers": [4, 4, 4],
         "heads": [[1, 2, 1.0], [0, 3, 0.5]],
         "scores": [[1, 2, 1.0], [0, 3, 1.0]],
@@ -498,7 +513,7 @@ def test_presets_are_taken_by_name_alone(studio, tmp_path, monkeypatch):
     }
     for name in ("blunt", str(folder), "../sharp", None):
         with pytest.raises(AttnCtrlError, match="there is no head preset"):
-            page.take_preset(name)
+            page.heads.take_preset(name)
 
 
 # -- requests files ------------------------------------------------------------------------------------------------------
@@ -567,9 +582,21 @@ def test_file_of_another_kind_is_refused(tmp_path):
 # -- starting ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "package, arguments, hint", [("gradio", (), "attnctrl[demo]"), ("mcp", ("--mcp",), "gradio[mcp]")]
-)
+def test_shipped_model_answers_where_it_is_there(attnctrl, model, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("attnctrl.apps.demo.serve.serve", lambda *given, vlm: started.append(vlm))
+    monkeypatch.setattr("attnctrl.icons.models.asset_folders", lambda: (tmp_path,))
+    folder = tmp_path / "models" / "icons-vlm"
+    assert attnctrl("demo", "--model", model)[0] == 0
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    for arguments in ((), ("--vlm", "none"), ("--vlm", "somebody/model")):
+        assert attnctrl("demo", "--model", model, *arguments)[0] == 0
+    assert started == [None, "builtin:icons-vlm", None, "somebody/model"]
+
+
+@pytest.mark.parametrize("package, arguments, hint", [("gradio", (), "attnctrl[demo]"), ("mcp", ("--mcp",), "mcp<2")])
 def test_missing_package_is_told_with_what_installs_it(package, arguments, hint, attnctrl, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else name)
     code, _, err = attnctrl("demo", *arguments)

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import shutil
 from threading import Event, Thread
 
 import numpy as np
@@ -16,45 +15,22 @@ from attnctrl import PAI, VAR, AttnCtrlError
 from attnctrl.apps.demo.answers import RING, Answer, Writing, admit_controls, admit_question, shown, words_of
 from attnctrl.apps.demo.forms import language_controls, read_form
 from attnctrl.apps.demo.limits import SIDE, admit, picture_upload
-from attnctrl.apps.demo.studio import Stopped, Studio
+from attnctrl.apps.demo.progress import Stopped
+from attnctrl.apps.demo.studio import Studio
 from attnctrl.apps.generate import Job
 from attnctrl.controls import HeadScale, LanguageControl
 from attnctrl.controls.spec import control_types
 
-from ..language.folders import save_llava
+from .conftest import WAIT, bomb, serving
 from .test_ask import ASKED, by_hand
-from .test_demo import bomb
-
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-WAIT = 60_000  # ms
-
-
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory):
-    return save_llava(tmp_path_factory.mktemp("llava"))
-
-
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures") / "wide.png"
-    raw = np.random.default_rng(0).integers(0, 255, (20, 40, 3), dtype=np.uint8)
-    Image.fromarray(raw).save(path)
-    return path
 
 
 @pytest.fixture(scope="module")
 def server(model, vlm):
     """(address, studio) of a running demo that answers questions."""
     pytest.importorskip("gradio", reason="the page needs gradio")
-    from attnctrl.apps.demo.serve import serve
-
-    limit = Image.MAX_IMAGE_PIXELS
-    blocks, studio = serve(Job(prompt="of the page", model=model, device="cpu"), wait=False, vlm=vlm)
-    yield blocks.local_url, studio
-    blocks.close()
-    studio.close()
-    Image.MAX_IMAGE_PIXELS = limit
+    with serving(model, vlm=vlm) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -282,68 +258,63 @@ def choose(page, tokens):
     field.press("Tab")
 
 
-def test_questions_are_asked_in_the_page(server, picture, tmp_path):
-    playwright = pytest.importorskip("playwright.sync_api", reason="driving a browser needs playwright")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        errors: list[str] = []
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        arrive(page, server[0])
-        page.locator("#ask-run").click()
-        until(page, "there is no picture")
-        (tmp_path / "bomb.png").write_bytes(bomb(60_000))
-        page.locator("#ask-picture input").set_input_files(tmp_path / "bomb.png")
-        page.get_by_text("bomb.png' has more than").first.wait_for(timeout=WAIT)
+def test_questions_are_asked_in_the_page(server, picture, browser, tmp_path):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    arrive(page, server[0])
+    page.locator("#ask-run").click()
+    until(page, "there is no picture")
+    (tmp_path / "bomb.png").write_bytes(bomb(60_000))
+    page.locator("#ask-picture input").set_input_files(tmp_path / "bomb.png")
+    page.get_by_text("bomb.png' has more than").first.wait_for(timeout=WAIT)
 
-        arrive(page, server[0])
-        page.locator("#ask-picture input").set_input_files(picture)
-        page.locator("#answers img.below").wait_for(timeout=WAIT)
-        page.locator("#question textarea").fill(ASKED)
-        choose(page, 6)
-        page.locator("#ask-picker input").fill("VAR")
-        page.locator("#ask-picker input").press("Enter")
-        page.get_by_label("Dims").fill("any")
-        page.get_by_label("Tau").fill("1.5")
-        page.get_by_label("Tau").press("Tab")
-        page.locator("#ask-run").click()
-        until(page, "Done")
-        assert page.locator("#answers h3").all_inner_texts() == ["Without control", "With VAR"]
-        plain, controlled = page.locator("#answers .answer").all()
-        words = plain.locator(".words button")
-        wanted = answer(server[1], picture)
-        assert words.all_inner_texts() == [word.strip() for word in wanted.words]
-        assert plain.locator(".map").is_hidden() and plain.locator(".mark").count() == 0
-        words.nth(2).click()
-        layer = plain.locator(".map")
-        layer.wait_for(timeout=WAIT)
-        assert layer.evaluate("node => [node.naturalWidth, node.naturalHeight]") == [2, 2]
-        areas = layer.bounding_box(), plain.locator(".below").bounding_box()
-        assert areas[0]["width"] == pytest.approx(areas[1]["width"], abs=2)
-        assert f"{float(wanted.looked[2].max()):.1%}" in plain.locator(".note").inner_text()
-        assert words.nth(2).get_attribute("aria-pressed") == "true"
-        words.nth(3).focus()
-        page.keyboard.press("Enter")
-        assert plain.locator('.words [aria-pressed="true"]').all_inner_texts() == [words.nth(3).inner_text()]
-        words.nth(3).click()
-        assert layer.is_hidden()
-        assert controlled.locator(".sinks").is_visible() and "image tokens" in controlled.locator(".mark").inner_text()
-        controlled.locator(".mark").click()
-        assert controlled.locator(".sinks").is_hidden()
-        assert "VAR" in controlled.locator("pre").text_content()
+    arrive(page, server[0])
+    page.locator("#ask-picture input").set_input_files(picture)
+    page.locator("#answers img.below").wait_for(timeout=WAIT)
+    page.locator("#question textarea").fill(ASKED)
+    choose(page, 6)
+    page.locator("#ask-picker input").fill("VAR")
+    page.locator("#ask-picker input").press("Enter")
+    page.get_by_label("Dims").fill("any")
+    page.get_by_label("Tau").fill("1.5")
+    page.get_by_label("Tau").press("Tab")
+    page.locator("#ask-run").click()
+    until(page, "Done")
+    assert page.locator("#answers h3").all_inner_texts() == ["Without control", "With VAR"]
+    plain, controlled = page.locator("#answers .answer").all()
+    words = plain.locator(".words button")
+    wanted = answer(server[1], picture)
+    assert words.all_inner_texts() == [word.strip() for word in wanted.words]
+    assert plain.locator(".map").is_hidden() and plain.locator(".mark").count() == 0
+    words.nth(2).click()
+    layer = plain.locator(".map")
+    layer.wait_for(timeout=WAIT)
+    assert layer.evaluate("node => [node.naturalWidth, node.naturalHeight]") == [2, 2]
+    areas = layer.bounding_box(), plain.locator(".below").bounding_box()
+    assert areas[0]["width"] == pytest.approx(areas[1]["width"], abs=2)
+    assert f"{float(wanted.looked[2].max()):.1%}" in plain.locator(".note").inner_text()
+    assert words.nth(2).get_attribute("aria-pressed") == "true"
+    words.nth(3).focus()
+    page.keyboard.press("Enter")
+    assert plain.locator('.words [aria-pressed="true"]').all_inner_texts() == [words.nth(3).inner_text()]
+    words.nth(3).click()
+    assert layer.is_hidden()
+    assert controlled.locator(".sinks").is_visible() and "image tokens" in controlled.locator(".mark").inner_text()
+    controlled.locator(".mark").click()
+    assert controlled.locator(".sinks").is_hidden()
+    assert "VAR" in controlled.locator("pre").text_content()
 
-        page.set_viewport_size({"width": 390, "height": 844})
-        page.wait_for_timeout(300)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        choose(page, 512)
-        page.locator("#ask-run").click()
-        until(page, "With VAR: ")
-        page.locator("#ask-stop").click()
-        until(page, "Stopped")
-        assert errors == []
-        browser.close()
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_timeout(300)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    choose(page, 512)
+    page.locator("#ask-run").click()
+    until(page, "With VAR: ")
+    page.locator("#ask-stop").click()
+    until(page, "Stopped")
+    assert errors == []
+    page.close()
 
 
 def test_questions_are_an_endpoint(server, picture):
@@ -357,5 +328,13 @@ def test_questions_are_an_endpoint(server, picture):
     assert set(client.predict(**asked, api_name="/ask")) == {"answer", "words"}
     with pytest.raises(Exception, match="files are not read here"):
         client.predict(**asked, controls=["ACT(heads='heads.json')"], api_name="/ask")
+    named = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    types = {
+        (name, given["parameter_name"]): given["type"].get("type", "a file")
+        for name in named
+        for given in named[name]["parameters"]
+    }
+    assert set(named) == {"/generate", "/model", "/ask"} and all(isinstance(kind, str) for kind in types.values())
+    assert types["/generate", "regions"] == types["/ask", "controls"] == "array"
     told = client.predict(api_name="/model")["ask"]
     assert told["model"] == server[1].vlm_name and "min_non_sink" in told["controls"]["VAR"]

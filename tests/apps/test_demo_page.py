@@ -12,43 +12,23 @@ import pytest
 from PIL import Image
 
 from attnctrl.apps.batch.pictures import read_request
-from attnctrl.apps.generate import Job
 from attnctrl.apps.metadata import mask_from_text
 from attnctrl.heads import HeadSet
 from attnctrl.icons.models import builtin_models
 
-from .test_demo import bomb
+from .conftest import WAIT, bomb, serving
 
 
 gradio_client = pytest.importorskip("gradio_client", reason="the demo needs gradio")
-playwright = pytest.importorskip("playwright.sync_api", reason="driving a browser needs playwright")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 MODEL = "icons-t2i"
 pytestmark = pytest.mark.skipif(MODEL not in builtin_models(), reason="the built-in model is not there")
-WAIT = 60_000  # ms
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server():
     """(address, studio) of a running demo."""
-    from attnctrl.apps.demo.serve import serve
-
-    limit = Image.MAX_IMAGE_PIXELS
-    blocks, studio = serve(Job(prompt="of the page", model=f"builtin:{MODEL}", device="cpu"), wait=False)
-    yield blocks.local_url, studio
-    blocks.close()
-    studio.close()
-    Image.MAX_IMAGE_PIXELS = limit
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
+    with serving(f"builtin:{MODEL}") as running:
+        yield running
 
 
 @pytest.fixture
@@ -84,6 +64,18 @@ def shown(page, place):
             return node.getContext('2d').getImageData(x * node.width, y * node.height, 1, 1).data[3];
         }""",
         place,
+    )
+
+
+def frame(page):
+    """(left, top, right, bottom) of the mask on the canvas, in fractions of it."""
+    return page.evaluate(
+        """() => {
+            const whole = document.querySelector('#canvas .paint').getBoundingClientRect();
+            const part = document.querySelector('#canvas .paint .frame').getBoundingClientRect();
+            const x = (side) => (side - whole.left) / whole.width, y = (side) => (side - whole.top) / whole.height;
+            return [x(part.left), y(part.top), x(part.right), y(part.bottom)];
+        }"""
     )
 
 
@@ -209,6 +201,32 @@ def test_masks_are_painted_with_the_mouse(page, tmp_path):
     canvas.get_by_role("button", name="Undo").click()
     page.wait_for_timeout(300)
     assert shown(page, (0.75, 0.45)) == 0 and shown(page, (0.25, 0.45)) == 255
+
+    left, top, right, bottom = frame(page)
+    drag(page, (right - 0.005, top + 0.005), (0.98, top))  # its corner resizes it
+    assert np.allclose(frame(page), (left, top, 0.98, bottom), atol=0.02) and shown(page, (0.75, 0.45)) == 255
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("Shift+ArrowLeft")
+    assert np.allclose(frame(page), (left, top - 1 / 64, 0.98 - 1 / 64, bottom - 1 / 64), atol=0.02)
+    page.keyboard.press("Control+z")
+    page.keyboard.press("Control+z")
+    page.keyboard.press("Control+z")
+    page.wait_for_timeout(300)
+    assert np.allclose(frame(page), (left, top, right, bottom), atol=0.01) and shown(page, (0.75, 0.45)) == 0
+    canvas.locator(".paint .frame").focus()
+    page.keyboard.press("Delete")
+    assert canvas.locator(".paint").count() == 0 and canvas.locator(".box").count() == 1
+    assert page.errors == []
+
+
+def test_sizes_that_are_no_numbers_are_told(page):
+    page.get_by_role("button", name="Settings", exact=False).first.click()
+    page.get_by_label("Width").fill("wide")
+    page.get_by_label("Width").press("Tab")
+    page.get_by_text("width: 'wide' is no number").first.wait_for(timeout=WAIT)
+    page.get_by_label("Width").fill("256")
+    page.get_by_label("Width").press("Tab")
+    page.wait_for_function("document.querySelector('#canvas .stage').style.aspectRatio.startsWith('2')", timeout=WAIT)
     assert page.errors == []
 
 

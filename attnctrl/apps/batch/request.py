@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from .schema import (
 if TYPE_CHECKING:
     from ...controls import Control
 
+AMONG_IMAGES = ("Isolation", "SharedAttention")  # controls of attention among image tokens alone
 _MAX_SEED = 2**63 - 1
 _PICTURES = (".png", ".webp", ".jpg", ".jpeg")
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{name}{n}" for name in ("com", "lpt") for n in range(1, 10))}  # of Windows
@@ -193,11 +195,13 @@ def _control_problems(request: Request) -> list[str]:
                 key: value for key, value in describe(control).items() if key not in ("control", "regions", "heads")
             }
             check(facts, {**known[control.name], "required": []}, control.name, wrong)
-    shapers = [control.name for control in controls if control.shapes and not control.neutral]
-    if len(shapers) > 1:
-        wrong.append(
-            f"{' and '.join(shapers)} both decide who attends to whom; one control takes any number of regions"
-        )
+    shapers = [control for control in controls if control.shapes and not control.neutral]
+    for one, other in itertools.combinations(shapers, 2):
+        parted = (one.name in AMONG_IMAGES) != (other.name in AMONG_IMAGES)  # as UNets part self- and cross-attention
+        if not parted and getattr(one, "layers", None) is None and getattr(other, "layers", None) is None:
+            wrong.append(
+                f"{one.name} and {other.name} both decide who attends to whom; one control takes any number of regions"
+            )
     return wrong
 
 

@@ -119,7 +119,8 @@ def _read_entry(
     single = {
         name: settings[name] for name in settings if name not in ("prompt", "negative_prompt", "seed", "num_images")
     }
-    group = digest([single, request.negative_prompt is None])
+    phrases = any(region.get("of_prompt") for one in settings["controls"] for region in one.get("regions") or ())
+    group = digest([single, request.negative_prompt is None, *([request.prompt] if phrases else [])])
     have: frozenset[int] = frozenset()
     made = done.by_id.get(request.id)
     if made is not None:

@@ -105,8 +105,9 @@ class Worker:
         """Why this model cannot serve a request, as far as it can be told without making the picture."""
         with quiet_imports():
             from ...processors import Session
+            from ...processors.phrases import with_phrases
         try:
-            Session(self.pipeline, *request.make_controls())
+            Session(self.pipeline, *with_phrases(request.make_controls(), request.prompt, self.pipeline))
             call_arguments(self._job(request), self.pipeline)
         except Exception as error:  # a control may raise anything on what no schema forbids
             return told(error)
@@ -114,6 +115,7 @@ class Worker:
     def make(self, asked: Sequence[tuple[Request, int]]) -> list[tuple[Image.Image, dict[str, Any]]]:
         """Pictures with their requests. `asked`: requests of one group, each with the number of the picture."""
         from ...processors import Session
+        from ...processors.phrases import with_phrases
 
         first = asked[0][0]
         job, controls = self._job(first), first.make_controls()
@@ -122,7 +124,8 @@ class Worker:
             if name in arguments:
                 arguments[name] = [getattr(request, name) for request, _ in asked]
         seeds = [request.seed + number for request, number in asked]
-        with Session(self.pipeline, *controls) if controls else nullcontext():
+        found = with_phrases(controls, first.prompt, self.pipeline)  # a group with phrases has one prompt
+        with Session(self.pipeline, *found) if controls else nullcontext():
             images = sample(self.pipeline, arguments, seeds, None)
         common, made = job.request(controls, self.made), []
         for place, ((request, _), image) in enumerate(zip(asked, images)):

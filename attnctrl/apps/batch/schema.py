@@ -64,8 +64,12 @@ def arguments_schema(kind: type) -> dict[str, Any]:
     """The arguments of a control's or region's dataclass."""
     from ...regions import Region
 
-    properties, needed = {}, []
-    hints = get_type_hints(kind)
+    properties, needed, controls = {}, [], {}
+    if kind is not Region:
+        from ...controls.spec import control_types
+
+        controls = control_types()  # a control may take another, whose module it does not import
+    hints = get_type_hints(kind, localns=controls)
     for field in dataclasses.fields(kind):
         if not field.init:
             continue

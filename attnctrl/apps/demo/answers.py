@@ -24,7 +24,7 @@ from ..batch.schema import arguments_schema, check
 from .attention import SHOWN, as_text
 from .forms import language_controls
 from .limits import QUESTION, TOKENS, unsafe_parts
-from .studio import EVERY, Stopped
+from .progress import EVERY, Stopped
 
 
 SINK = (34, 211, 238)  # colour of marked sinks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
@@ -12,10 +12,11 @@ from ...controls.spec import control_types
 from ...errors import AttnCtrlError
 from . import parts
 from .answers import Answer, admit_controls, admit_question, picture, shown
-from .forms import Field, language_controls, read_form, summary
+from .forms import explained, language_controls, read_form, summary
 from .limits import PICTURES, QUESTION, TOKENS, picture_upload
 from .parts import DEVICE, OWN, WAITING, in_page, say
-from .studio import Stopped, Studio
+from .progress import Stopped
+from .studio import Studio
 
 
 USUAL = 64  # tokens of the longest answer
@@ -53,12 +54,12 @@ class Ask:
                 self.status = parts.status(elem_id="ask-status")
                 self.answers = parts.answers()
 
-    def connect(self) -> Any:
-        """Connects the components; returns the event that Stop ends."""
+    def connect(self) -> list[Any]:
+        """Connects the components; returns the events that Stop ends."""
         every = [widget for name in self.forms for widget in self.widgets[name].values()]
         self.file.change(in_page(self.look), self.file, self.answers, show_progress="hidden", **OWN)
         parts.show_chosen(self.picker, self.groups)
-        return gr.on(
+        run = gr.on(
             [self.run.click, self.question.submit],
             in_page(self.answer, self.status),
             [self.file, self.question, self.tokens, self.compare, self.picker, *every],
@@ -67,11 +68,12 @@ class Ask:
             **DEVICE,
             **OWN,
         )
+        return [run]
 
     def endpoint(self) -> None:
         """The same for `gradio_client` and MCP; hidden components give the arguments their types."""
         file = gr.File(label="picture")
-        question, controls = gr.Textbox(label="question"), gr.JSON([], label="controls")
+        question, controls = gr.Textbox(label="question"), parts.listed("controls")
         tokens = gr.Number(USUAL, precision=0, label="max_new_tokens")
         attention = gr.Checkbox(False, label="attention")
         answer = gr.JSON(label="answer")
@@ -155,8 +157,3 @@ class Ask:
     def describe(self) -> dict[str, Any]:
         """The model that answers, and the controls with their arguments."""
         return {"model": self.studio.vlm_name, "controls": explained(self.forms)}
-
-
-def explained(forms: Mapping[str, tuple[Field, ...]]) -> dict[str, dict[str, str]]:
-    """What the arguments of controls mean."""
-    return {name: {field.name: field.about for field in form} for name, form in forms.items()}

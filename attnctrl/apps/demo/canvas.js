@@ -28,6 +28,8 @@ const painted = (index) => boxes[index]?.mask !== undefined;
 const kind = (index) => `${painted(index) ? 'Mask' : 'Box'} ${index + 1}`;
 const label = (index) => boxes[index].name || kind(index);
 const nodeOf = (index) => stage.querySelector(`[data-index="${index}"]`);
+const handles = () => [0, 1, 2, 3].map((corner) => make('i', {'data-corner': corner}));
+const opposite = (box, corner) => [box['2002'[corner]], box['3311'[corner]]];
 
 const remember = (before = copy(boxes)) => { history.push(before); if (history.length > KEPT) history.shift(); };
 const publish = () => { props.value = {ratio, boxes: copy(boxes)}; };
@@ -46,7 +48,7 @@ const remove = (index) => {
   chosen = Math.min(index, boxes.length - 1);
   draw(true);
   publish();
-  (stage.querySelector(`.box[data-index="${chosen}"]`) || add).focus();
+  (nodeOf(chosen)?.querySelector('.frame') || nodeOf(chosen) || add).focus();
 };
 const append = (place) => {
   const used = boxes.map((item) => item.color);
@@ -102,7 +104,7 @@ const row = (index) => {
 };
 const choose = (index) => { chosen = index; draw(); };
 
-// A painted region: what is painted, white on nothing, and the same in the region's colour above it on the stage.
+// A painted region: a label, the frame of what is painted, `ink`, white on nothing, and the same in the region's colour on the stage.
 const sheet = () => {
   const side = Math.max(ratio, 1 / ratio);
   return Object.assign(document.createElement('canvas'), {
@@ -117,16 +119,23 @@ const tint = (node, color) => {
   pen.fillStyle = color;
   pen.fillRect(0, 0, shown.width, shown.height);
 };
-const corner = (node) => { // of what is painted, for the label; false where nothing is
+const lay = (node, box) => { // label and frame around what is painted
+  const [left, top, right, bottom] = (node.bounds = box).map((side) => `${side * 100}%`);
+  node.firstChild.style.cssText = `left:${left};top:${top}`;
+  node.children[1].style.cssText = `left:${left};top:${top};right:calc(100% - ${right});bottom:calc(100% - ${bottom})`;
+};
+const measure = (node) => { // false where nothing is painted
   const {width, height} = node.ink, pixels = node.ink.getContext('2d').getImageData(0, 0, width, height).data;
-  let left = width, top = -1;
+  let left = width, top = -1, right = 0, bottom = 0;
   for (let at = 3; at < pixels.length; at += 4) {
     if (pixels[at] < 128) continue;
-    const place = (at - 3) / 4;
-    if (top < 0) top = Math.floor(place / width);
-    left = Math.min(left, place % width);
+    const place = (at - 3) / 4, x = place % width;
+    bottom = Math.floor(place / width);
+    if (top < 0) top = bottom;
+    left = Math.min(left, x);
+    right = Math.max(right, x);
   }
-  if (top >= 0) node.firstChild.style.cssText = `left:${left / width * 100}%;top:${top / height * 100}%`;
+  if (top >= 0) lay(node, [left / width, top / height, (right + 1) / width, (bottom + 1) / height]);
   return top >= 0;
 };
 const load = (node, text, color) => {
@@ -143,7 +152,7 @@ const load = (node, text, color) => {
       pixels.data.fill(255, at, at + 3);
     }
     pen.putImageData(pixels, 0, 0);
-    corner(node);
+    measure(node);
     tint(node, color);
   };
   picture.src = `data:image/png;base64,${text}`;
@@ -165,12 +174,15 @@ const stroke = (from, to) => {
   pen.stroke();
   tint(node, boxes[chosen].color);
 };
-const shift = (to) => { // the mask that is dragged
-  const node = nodeOf(chosen);
-  if (node.ink === drag.held) node.ink = sheet();
+const fit = (node, held, from, to) => { // what was painted in one frame, into another
+  if (node.ink === held) node.ink = sheet();
   const {width, height} = node.ink, pen = node.ink.getContext('2d');
+  const source = [from[0] * held.width, from[1] * held.height, (from[2] - from[0]) * held.width, (from[3] - from[1]) * held.height];
+  const target = [to[0] * width, to[1] * height, (to[2] - to[0]) * width, (to[3] - to[1]) * height];
   pen.globalCompositeOperation = 'copy';
-  pen.drawImage(drag.held, Math.round((to[0] - drag.from[0]) * width), Math.round((to[1] - drag.from[1]) * height), width, height);
+  pen.imageSmoothingEnabled = false;
+  pen.drawImage(held, ...source.map(Math.round), ...target.map(Math.round));
+  lay(node, to);
   tint(node, boxes[chosen].color);
 };
 const maskAt = ([x, y]) => boxes.findLastIndex((_, index) => {
@@ -183,12 +195,15 @@ const maskAt = ([x, y]) => boxes.findLastIndex((_, index) => {
 const nodeFor = (index) => {
   if (painted(index)) {
     const node = make('div', {class: 'paint', 'data-index': index});
-    node.append(make('span'), document.createElement('canvas'));
+    const frame = make('div', {class: 'frame', tabindex: 0, role: 'button'});
+    frame.append(...handles());
+    frame.addEventListener('focus', () => choose(index));
+    node.append(make('span'), frame, document.createElement('canvas'));
     node.ink = sheet();
     return node;
   }
   const node = make('div', {class: 'box', tabindex: 0, role: 'button', 'data-index': index});
-  node.append(make('span'), ...[0, 1, 2, 3].map((corner) => make('i', {'data-corner': corner})));
+  node.append(make('span'), ...handles());
   node.addEventListener('focus', () => choose(index));
   return node;
 };
@@ -211,6 +226,8 @@ const draw = (anew = false) => {
     node.classList.toggle('chosen', index === chosen);
     node.firstChild.textContent = item.prompt ? `${label(index)}: ${item.prompt}` : label(index);
     node.style.cssText = `z-index:${index + 1};--color:${item.color}`;
+    const told = `${label(index)}, ${item.prompt || 'no prompt'}. Arrows move, Shift and arrows resize, Delete removes.`;
+    (painted(index) ? node.children[1] : node).setAttribute('aria-label', told);
     if (painted(index)) {
       if (item.mask && node.text !== item.mask) {
         node.ink = sheet();
@@ -220,7 +237,6 @@ const draw = (anew = false) => {
     }
     const [left, top, right, bottom] = item.box.map((side) => side * 100);
     node.style.cssText += `;left:${left}%;top:${top}%;width:${right - left}%;height:${bottom - top}%`;
-    node.setAttribute('aria-label', `${label(index)}, ${item.prompt || 'no prompt'}. Arrows move, Shift and arrows resize, Delete removes.`);
   });
   if (anew || rows.children.length !== boxes.length) rows.replaceChildren(...boxes.map((_, index) => row(index)));
   [...rows.children].forEach((node, index) => node.classList.toggle('chosen', index === chosen));
@@ -256,17 +272,16 @@ stage.addEventListener('pointerdown', (event) => {
     stage.setPointerCapture(event.pointerId);
     return;
   }
-  const own = event.target.closest('.box'), at = point(event), mask = own ? -1 : maskAt(at);
+  const own = event.target.closest('.box, .paint'), at = point(event), corner = event.target.dataset.corner;
+  const index = own ? Number(own.dataset.index) : maskAt(at);
   drag = {from: at, before: copy(boxes), fresh: false, box: null, anchor: at};
-  if (mask >= 0) {
-    choose(mask);
-    drag.held = nodeOf(mask).ink;
-  } else if (own) {
-    choose(Number(own.dataset.index));
-    own.focus({preventScroll: true});
-    const box = boxes[chosen].box, corner = event.target.dataset.corner;
-    drag.box = box;
-    drag.anchor = corner === undefined ? null : [box['2002'[corner]], box['3311'[corner]]];
+  if (index >= 0) {
+    const node = nodeOf(index);
+    choose(index);
+    (node.querySelector('.frame') || node).focus({preventScroll: true});
+    drag.held = node.ink;
+    drag.box = node.ink ? node.bounds : boxes[index].box;
+    drag.anchor = corner === undefined ? null : opposite(drag.box, corner);
   }
   stage.setPointerCapture(event.pointerId);
   event.preventDefault();
@@ -285,7 +300,8 @@ stage.addEventListener('pointermove', (event) => {
     return;
   }
   if (drag.held) {
-    shift(at);
+    const to = drag.anchor ? between(drag.anchor, at) : moved(drag.box, at[0] - drag.from[0], at[1] - drag.from[1]);
+    if (!drag.anchor || large(to)) fit(nodeOf(chosen), drag.held, drag.box, to);
     return;
   }
   if (!drag.anchor) {
@@ -308,7 +324,7 @@ const drop = () => {
     const still = node.ink === drag.held;
     drag = null;
     if (still) return;
-    if (corner(node)) boxes[chosen].mask = node.text = saved(node);
+    if (measure(node)) boxes[chosen].mask = node.text = saved(node);
     else {
       boxes.splice(chosen, 1);
       chosen = -1;
@@ -333,17 +349,20 @@ stage.addEventListener('pointerleave', () => { brush.hidden = true; });
 
 element.addEventListener('keydown', (event) => {
   const arrows = {ArrowLeft: [-STEP, 0], ArrowRight: [STEP, 0], ArrowUp: [0, -STEP], ArrowDown: [0, STEP]};
-  const onBox = event.target.classList.contains('box');
+  const onBox = event.target.matches('.box, .frame');
   if ((event.ctrlKey || event.metaKey) && event.key === 'z' && !event.target.matches('input:not([type="range"])')) undo();
   else if (onBox && (event.key === 'Delete' || event.key === 'Backspace')) remove(chosen);
   else if (onBox && event.key === 'Enter') write(chosen);
   else if (onBox && arrows[event.key]) {
-    const [dx, dy] = arrows[event.key], box = boxes[chosen].box;
+    const [dx, dy] = arrows[event.key], node = nodeOf(chosen), box = node.ink ? node.bounds : boxes[chosen].box;
     const next = event.shiftKey
       ? [box[0], box[1], round(clamp(box[2] + dx, box[0] + SMALLEST, 1)), round(clamp(box[3] + dy, box[1] + SMALLEST, 1))]
       : moved(box, dx, dy);
     remember();
-    boxes[chosen].box = next;
+    if (node.ink) {
+      fit(node, node.ink, box, next);
+      boxes[chosen].mask = node.text = saved(node);
+    } else boxes[chosen].box = next;
     draw();
     publish();
   } else return;

@@ -16,7 +16,8 @@ from ..batch.results import Done
 from ..batch.rows import ENDINGS, read_rows
 from ..batch.schema import told
 from .limits import ROWS, check_upload, too_much, unsafe_parts
-from .studio import Picture, Step, Stopped, Studio
+from .progress import Step, Stopped
+from .studio import Picture, Studio
 
 
 def read_file(path: str, defaults: dict[str, Any]) -> tuple[list[Entry], list[str]]:

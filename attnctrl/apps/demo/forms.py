@@ -127,6 +127,11 @@ def explanations(kind: type) -> dict[str, str]:
     return found
 
 
+def explained(forms: Mapping[str, tuple[Field, ...]]) -> dict[str, dict[str, str]]:
+    """What the arguments of controls mean."""
+    return {name: {field.name: field.about for field in form} for name, form in forms.items()}
+
+
 def read_form(name: str, values: Mapping[str, Any], form: Sequence[Field] | None = None) -> dict[str, Any]:
     """A filled form as a request's control. Raises AttnCtrlError for what cannot be read, and for what is missing.
 

@@ -60,6 +60,15 @@ def say(text: str, done: int = 0, total: int = 0) -> dict[str, Any]:
     return {"text": text, "done": done, "total": total}
 
 
+def listed(label: str) -> gr.JSON:
+    """A list of texts and objects as an argument of an endpoint. gradio's own type of it is none that JSON Schema knows, so that MCP
+    refuses every call."""
+    made = gr.JSON([], label=label)
+    entries = {"anyOf": [{"type": "string"}, {"type": "object", "additionalProperties": True}]}
+    made.api_info = lambda: {"type": "array", "items": entries}
+    return made
+
+
 def in_page(function: Callable, status: gr.HTML | None = None) -> Callable:
     """Errors of a handler as messages of the page, one line and the hint; those of a generator stay in its `status` too."""
 

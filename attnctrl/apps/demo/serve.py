@@ -7,7 +7,18 @@ from pathlib import Path
 
 from ..._quiet import quiet_imports
 from ...errors import AttnCtrlError
+from ...icons.models import PREFIX, builtin_vlms
 from ..generate import Job
+
+
+VLM = "icons-vlm"
+
+
+def pick_vlm(asked: str | None) -> str | None:
+    """What answers questions: the shipped model, where it is there, unless another one is asked for; None for "none"."""
+    if asked is None:
+        return PREFIX + VLM if VLM in builtin_vlms() else None
+    return None if asked == "none" else asked
 
 
 def serve(
@@ -27,12 +38,12 @@ def serve(
         port: None takes the first free one from 7860 on.
         may_choose: visitors may load other models.
         mcp: endpoints are tools of the Model Context Protocol as well.
-        vlm: hub id or folder of a vision-language model, for the tab Ask.
+        vlm: a vision-language model, built in, a hub id or a folder, for the tab Ask; None for no such tab.
     """
     if importlib.util.find_spec("gradio") is None:
         raise AttnCtrlError("the demo needs gradio, which is not installed\nHINT: pip install 'attnctrl[demo]'")
     if mcp and importlib.util.find_spec("mcp") is None:
-        raise AttnCtrlError("--mcp needs the package mcp, which is not installed\nHINT: pip install 'gradio[mcp]'")
+        raise AttnCtrlError("--mcp needs the package mcp, which is not installed\nHINT: pip install 'mcp<2'")
     with quiet_imports():
         import gradio as gr
 
@@ -64,7 +75,7 @@ def serve(
         )
         if mcp and getattr(blocks, "mcp_error", None):  # gradio keeps it to itself
             blocks.close()
-            raise AttnCtrlError(f"--mcp: {blocks.mcp_error}\nHINT: pip install 'gradio[mcp]'")
+            raise AttnCtrlError(f"--mcp: {blocks.mcp_error}\nHINT: pip install 'mcp<2'")
         print(f"attnctrl demo: {blocks.local_url}", flush=True)
         if not wait:
             return blocks, studio

@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -25,28 +24,12 @@ from ...icons.models import PREFIX
 from ..batch.pictures import encode
 from ..batch.request import Request
 from ..generate import Job, call_arguments, picture_facts, sample
+from .progress import Step, Stopped, Watch
 
 
 if TYPE_CHECKING:
     from ...controls import Control
     from .answers import Answer, Writing
-
-EVERY = 0.3  # seconds between two previews
-SMALL = 32  # latents of a preview: larger ones are averaged down before they are decoded
-
-
-class Stopped(Exception):
-    """Somebody pressed Stop."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of the picture that forms. `preview` is None between two previews."""
-
-    title: str
-    done: int
-    total: int
-    preview: Image.Image | None = None
 
 
 @dataclass(frozen=True)
@@ -226,7 +209,8 @@ class Studio:
     def _check(self, request: Request) -> None:
         with quiet_imports():
             from ...processors import Session
-        Session(self.model.pipeline, *request.make_controls())
+            from ...processors.phrases import with_phrases
+        Session(self.model.pipeline, *with_phrases(request.make_controls(), request.prompt, self.model.pipeline))
         call_arguments(self.job(request), self.model.pipeline)
 
     def _make(
@@ -240,6 +224,7 @@ class Studio:
         tell: Callable[[Step], None],
     ) -> Picture:
         from ...processors import Session
+        from ...processors.phrases import with_phrases
         from .attention import region_maps
 
         if stop.is_set():
@@ -247,12 +232,14 @@ class Studio:
         model, job, controls = self.model, self.job(request), request.make_controls()
         arguments = call_arguments(job, model.pipeline)
         known = inspect.signature(model.pipeline.__call__).parameters
+        size = job.width or model.size[0], job.height or model.size[1]
 
         def run(*recorders: Any) -> Image.Image:
             tell(Step(title, 0, job.steps))
-            watch = _Watch(title, job.steps, stop, tell, previews)
+            watch = Watch(title, job.steps, stop, tell, size if previews else None)
             callback = {"callback_on_step_end": watch} if "callback_on_step_end" in known else {}
-            with Session(model.pipeline, *controls, *recorders) if controls else nullcontext():
+            placed = with_phrases(controls, job.prompt, model.pipeline)
+            with Session(model.pipeline, *placed, *recorders) if controls else nullcontext():
                 return sample(model.pipeline, arguments | callback, [job.seed], None)[0]
 
         recorder = region_maps(model.pipeline, controls) if maps else None
@@ -269,57 +256,6 @@ class Studio:
         file = Path(tempfile.mkdtemp(dir=folder)) / f"{job.stem(facts)}-{job.seed}.png"
         file.write_bytes(encode(image, "png", facts))
         return Picture(title, file, image, facts, found)
-
-
-class _Watch:
-    """diffusers' callback after a step: tells how far the picture is, shows it now and then, and ends it when Stop was pressed."""
-
-    def __init__(self, title: str, steps: int, stop: Event, tell: Callable[[Step], None], previews: bool):
-        self.title, self.steps, self.stop, self.tell, self.previews = title, steps, stop, tell, previews
-        self.before: tuple[Any, float] | None = None
-        self.shown = time.monotonic()
-
-    def __call__(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if self.stop.is_set():
-            raise Stopped
-        preview = None
-        clean = self._clean(pipeline, step, tensors.get("latents")) if self.previews else None
-        if clean is not None and step + 1 < self.steps and time.monotonic() - self.shown >= EVERY:
-            preview = _decode(pipeline, clean)
-            self.shown = time.monotonic()
-        self.tell(Step(self.title, step + 1, self.steps, preview))
-        return {}
-
-    def _clean(self, pipeline: Any, step: int, latents: Any) -> Any:
-        """Where the last step points to, x − σ·dx/dσ, for Euler schedulers; (1, C, H, W). None for what cannot be shown."""
-        if latents is None or latents.ndim != 4:
-            return None
-        sigmas = getattr(pipeline.scheduler, "sigmas", None)
-        if "Euler" not in type(pipeline.scheduler).__name__ or sigmas is None or step + 1 >= len(sigmas):
-            return latents
-        before, sigma = self.before, float(sigmas[step + 1])
-        self.before = latents, sigma
-        if before is None or before[1] == sigma:
-            return latents
-        return latents - sigma * (latents - before[0]) / (sigma - before[1])
-
-
-def _decode(pipeline: Any, latents: Any) -> Image.Image | None:
-    """A small picture of latents, (1, C, H, W)."""
-    import torch
-    from torch.nn import functional as F
-
-    vae = getattr(pipeline, "vae", None)
-    scaling, shift = (
-        (getattr(vae.config, name, None) for name in ("scaling_factor", "shift_factor")) if vae else (None, None)
-    )
-    if scaling is None or latents.shape[1] != vae.config.latent_channels:
-        return None
-    side = min(SMALL / max(latents.shape[-2:]), 1)
-    latents = latents if side == 1 else F.interpolate(latents, scale_factor=side, mode="area")
-    with torch.no_grad():
-        pixels = vae.decode(latents.to(vae.dtype) / scaling + (shift or 0), return_dict=False)[0]
-    return pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
 
 
 def _load(job: Job) -> Model:
