@@ -2,7 +2,8 @@
 
 layout   Case i asks for 2, 3 or 4 objects with different nouns and colours in random disjoint boxes on the 16-pixel grid, each
          a region. An object is right when one of its noun and colour has its centre in its box. Beside it the same prompts and
-         noise without control, and one object of the case alone in its box: what the model reaches when nothing interferes.
+         noise without control, with latents guided into the boxes (BoxDiff's loss) in place of regions and beside them, and one
+         object of the case alone in its box: what the model reaches when nothing interferes.
 binding  The cases with 3 objects again with regions that see the whole picture (isolate=False): how often an object wears
          another's colour, and how often a box holds one.
 causal   The noun and colour of one region's prompt are exchanged, all else kept: how much the latents change inside that
@@ -43,6 +44,8 @@ SHOWN = 8  # pictures of each way on the sheet
 TRIES = 512  # layouts drawn at a time
 AREAS = ("its box", "the other box", "background")
 PLAIN, REGIONS, OPEN = "no control", "regions", "regions, isolate=False"
+GUIDED, BOTH = "latent guidance", "regions and latent guidance"
+BOXDIFF = {"loss": "boxdiff", "scale": 0.1, "normalize": True, "iterations": 1}
 MEASURES = {
     "placed": "object: noun, colour and box",
     "painted": "object: its colour in its box",
@@ -170,7 +173,13 @@ class Measurement:
         self.asked, self.judge = asked, IconJudge()
         self.pipeline = ac.pipelines.RegionalPipeline(load_pipeline(asked.model, asked.device, asked.dtype))
         usual = {"base_weight": asked.base_weight, "stop": asked.stop}
-        self.options = {PLAIN: None, REGIONS: usual, OPEN: {**usual, "isolate": False}}
+        self.options = {
+            PLAIN: None,
+            REGIONS: usual,
+            OPEN: {**usual, "isolate": False},
+            GUIDED: {"guidance": BOXDIFF},
+            BOTH: {**usual, "guidance": BOXDIFF},
+        }
         self.weights = weights_of(asked.model)
 
     def record(self, name: str, options: dict[str, Any] | None, guidance_scale: float) -> Record:
@@ -182,6 +191,8 @@ class Measurement:
         """What the pipeline returns for each case: without control in one batch, with regions one after the other."""
         import torch
 
+        if options is not None and "guidance" in options:  # its places belong to the whole call
+            return [image for item in cases for image in self.guided(item, dict(options), guidance_scale)]
         regions = {} if options is None else {"regions": [item.regions for item in cases], **options}
         return self.pipeline(
             more.pop("prompts", [item.prompt for item in cases]),
@@ -192,6 +203,27 @@ class Measurement:
             **regions,
             **more,
         ).images
+
+    def guided(self, item: Case, options: dict[str, Any], guidance_scale: float) -> list[Image.Image]:
+        """One picture with its phrases pulled into their boxes, and with regions where `options` has arguments of theirs."""
+        import torch
+
+        boxes = {
+            f"{color} {noun}": tuple(side / CANVAS for side in box)
+            for (noun, color), box in zip(item.wanted, item.boxes)
+        }
+        pipe = self.pipeline.pipe
+        controls = [ac.LatentGuidance.in_prompt(boxes, item.prompt, pipe.tokenizer, **options.pop("guidance"))]
+        if options:
+            controls.append(ac.RegionalPrompts(item.regions, **options))
+        with ac.attach(pipe, *controls):
+            return pipe(
+                item.prompt,
+                num_inference_steps=self.asked.steps,
+                guidance_scale=guidance_scale,
+                generator=torch.Generator("cpu").manual_seed(item.seed),
+                max_sequence_length=1,
+            ).images
 
     def judge_all(self, name: str, way: str, make: Callable[[int], Case]) -> Record:
         """A way over all cases, by the judge."""
@@ -301,7 +333,7 @@ def main() -> None:
         "--objects", type=int, nargs="+", default=[2, 3, 4], choices=[2, 3, 4], help="of the layout part"
     )
     parser.add_argument("--cases", type=int, default=200, help="of every part and way")
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--base-weight", type=float, default=0.3)
     parser.add_argument("--stop", type=float, default=0.3)
@@ -338,15 +370,15 @@ def main() -> None:
     if "layout" in asked.parts:
         lines += ["## Layout", "", *head]
         for objects in asked.objects:
-            records = ways(objects, (PLAIN, REGIONS))
-            for way in (PLAIN, REGIONS):
+            records = ways(objects, (PLAIN, REGIONS, GUIDED, BOTH))
+            for way in (PLAIN, REGIONS, BOTH):
                 records[f"alone, {way}"] = run.judge_all(
                     f"{objects}-objects-alone", way, partial(alone, objects=objects)
                 )
             lines += rate_rows(f"{objects} objects", records, MEASURES, count, PLAIN)
         lines.append("")
     if "binding" in asked.parts:
-        records = ways(3, (OPEN, REGIONS, PLAIN))
+        records = ways(3, (OPEN, REGIONS, BOTH, PLAIN))
         lines += ["## Binding", "", "p is against isolated regions.", "", *head]
         lines += [*rate_rows("3 objects", records, LEAKS, count, REGIONS), ""]
     if "causal" in asked.parts:

@@ -7,6 +7,12 @@ python -m attnctrl.icons.train export    --output runs/icons --to assets/icons-t
 
 python -m attnctrl.icons.train clip         --output runs/icons
 python -m attnctrl.icons.train export-clip  --output runs/icons --to assets/open_clip/icons-clip
+
+python -m attnctrl.icons.train vlm          --output runs/icons
+python -m attnctrl.icons.train export-vlm   --output runs/icons --to assets/models/icons-vlm
+
+python -m attnctrl.icons.train smol-vlm         --output runs/smol --emoji FOLDER
+python -m attnctrl.icons.train export-smol-vlm  --output runs/smol --to assets/models/smol-vlm
 """
 
 from __future__ import annotations
@@ -35,7 +41,7 @@ def _add(parser: argparse.ArgumentParser, function, skip: tuple[str, ...]) -> No
 
 def main(argv: list[str] | None = None) -> None:
     with quiet_imports():
-        from .recipes import clip, denoiser, export, text, vae
+        from .recipes import clip, denoiser, export, smol_export, smol_vlm, text, vae, vlm
 
     recipes = {
         "text": text.train,
@@ -44,6 +50,10 @@ def main(argv: list[str] | None = None) -> None:
         "export": export.export,
         "clip": clip.train,
         "export-clip": clip.export,
+        "vlm": vlm.train,
+        "export-vlm": vlm.export,
+        "smol-vlm": smol_vlm.train,
+        "export-smol-vlm": smol_export.export,
     }
     parser = argparse.ArgumentParser(
         prog="python -m attnctrl.icons.train",

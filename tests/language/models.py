@@ -93,6 +93,17 @@ def llava_next():
     return tf.LlavaNextForConditionalGeneration(config)
 
 
+def llava_next_video():
+    config = tf.LlavaNextVideoConfig(
+        vision_config=tf.CLIPVisionConfig(**VISION),
+        text_config=tf.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=[[16, 16]],
+    )
+    return tf.LlavaNextVideoForConditionalGeneration(config)
+
+
 def idefics3():
     config = tf.Idefics3Config(
         vision_config=dict(**FINE), text_config=tf.LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2
@@ -162,8 +173,8 @@ def llama():
 BUILDERS = {
     f.__name__: f
     for f in (
-        *(llava, llava_next, llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, smolvlm, idefics3, internvl, gemma3),
-        *(paligemma, mistral3, llama, vipllava),
+        *(llava, llava_next, llava_next_video, llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, smolvlm, idefics3),
+        *(internvl, gemma3, paligemma, mistral3, llama, vipllava),
     )
 }
 
@@ -203,7 +214,7 @@ def prompts(name: str, model, rows: int = 2, pad: int = 2, images: int = 1, seed
         extra["image_grid_thw"] = torch.tensor([[1, 4, 4]] * (rows * images))
     elif name in ("smolvlm", "idefics3"):
         extra["pixel_values"] = picture.reshape(rows, images, 3, 16, 16)
-    elif name in ("llava_next", "llava_onevision"):
+    elif name in ("llava_next", "llava_next_video", "llava_onevision"):
         extra["pixel_values"] = picture[:, None].expand(-1, 2, -1, -1, -1).contiguous()
         extra["image_sizes"] = torch.tensor([[16, 16]] * (rows * images))
     elif name == "mistral3":
@@ -211,7 +222,7 @@ def prompts(name: str, model, rows: int = 2, pad: int = 2, images: int = 1, seed
         extra["image_sizes"] = torch.tensor([[16, 16]] * (rows * images))
     elif name != "llama":
         extra["pixel_values"] = picture
-    count = {"llava_next": 10, "llava_onevision": 10, "llama": 0}.get(name, 4)
+    count = {"llava_next": 10, "llava_next_video": 10, "llava_onevision": 10, "llama": 0}.get(name, 4)
     ids, mask = [], []
     for row in range(rows):
         left = pad if row else 0

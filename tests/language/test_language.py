@@ -39,7 +39,7 @@ def steps(model, prompt, tracker=None, cache=None, written=WRITTEN):
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
                 inputs = {"input_ids": written[: len(mask), step - 1 : step], "attention_mask": mask}
                 types = None if types is None else torch.ones_like(inputs["input_ids"])
-                if "image_grid_thw" in prompt.inputs:
+                if {"image_grid_thw", "video_grid_thw"} & set(prompt.inputs):
                     inputs["position_ids"] = (mask.sum(1)[None, :, None] - 1).expand(3, -1, -1)
             if tracker is not None:
                 tracker.total = prompt.length + step

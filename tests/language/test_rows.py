@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from attnctrl.attention import tiled
-from attnctrl.attention.rows import Bias, Columns, Gain, Mask, Recycle, RowEdit, Tally, edit_rows
+from attnctrl.attention.row_engine import Mask, edit_rows
+from attnctrl.attention.rows import Bias, Columns, Gain, Recycle, RowEdit, Tally
 
 
 B, H, KV, N, D = 2, 4, 2, 9, 8
