@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,14 @@ with quiet_imports():
 
 
 EAGER_LIMIT = 6 * 2**30
+SLOW = 5.0  # what takes that many times as long to read as plain takes part in one round only
 PLAIN, EAGER = "plain", "eager, maps returned"
 TARGETS = {"VAR": (1.10, 1.05), "GIFT": (1.10, 1.05)}  # prefill, decode
 LATENCY = f"""Ratios to plain fused attention (sdpa), which is given in milliseconds. Eager attention that returns its maps is left out
 where it would need more than {EAGER_LIMIT / 2**30:.0f} GiB."""
-MEMORY = """MiB beyond the weights while a prompt is read and three tokens are written, its cache included. The exponent is the slope of
-log(peak) over log(tokens) of the three longest: 1 is linear, 2 quadratic."""
+MEMORY_LAYERS = 2  # of the model whose memory is measured: what one layer takes at its peak is what counts
+MEMORY = f"""MiB beyond the weights while {MEMORY_LAYERS} layers read a prompt and write three tokens, their cache included. The exponent is the
+slope of log(peak) over log(tokens) of the three longest: 1 is linear, 2 quadratic."""
 SETTINGS = "As at the longest prompt; VAR's tau makes one token in a hundred a sink."
 
 
@@ -134,8 +136,9 @@ class Bench:
                     seconds[name].append(self.once(name, new))
                 except AttnCtrlError as error:
                     self.wrong[name] = str(error).splitlines()[0]
-            names = [name for name in names if name not in self.wrong]
-        seconds = {name: seconds[name] for name in names}
+            slow = SLOW * max(seconds[PLAIN][0][0], 1e-9)
+            names = [name for name in names if name not in self.wrong and seconds[name][0][0] <= slow]
+        seconds = {name: found for name, found in seconds.items() if name not in self.wrong}
         return {"seconds": seconds, "reports": self.reports, **self._facts()}
 
     def _facts(self) -> dict[str, Any]:
@@ -208,7 +211,7 @@ def latency_table(results: dict[int, dict[str, Any]]) -> list[str]:
                 elif name == PLAIN:
                     cells.append(f"{1000 * statistics.median(one[part] for one in own):.1f} ms")
                 else:
-                    ratios = [one[part] / base[part] for one, base in zip(own, plain[n], strict=True)]
+                    ratios = [one[part] / base[part] for one, base in zip(own, plain[n])]
                     cells.append(f"{statistics.median(ratios):.2f}x")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -266,6 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     shape, dtype = (QUICK if asked.quick else FULL), getattr(torch, asked.dtype)
     if asked.probe is not None:
+        shape = replace(shape, layers=MEMORY_LAYERS)
         print(json.dumps(Bench(shape, asked.probe, dtype, asked.device).memory()))
         return
     if asked.quick:
@@ -284,7 +288,9 @@ def main(arguments: list[str] | None = None) -> None:
         speed[n] = measured(
             "speed", n, lambda n=n, more=more: Bench(shape, n, dtype, asked.device).latency(**more), **more
         )
-    memory = {n: measured("memory", n, lambda n=n: probe(n, asked)) for n in asked.memory_lengths}
+    memory = {
+        n: measured("memory", n, lambda n=n: probe(n, asked), layers=MEMORY_LAYERS) for n in asked.memory_lengths
+    }
     every = [*speed.values(), *memory.values()]
     wrong = dict.fromkeys(f"- {name}: {why}" for found in every for name, why in found["wrong"].items())
     used = every[-1]["settings"] if every else {}

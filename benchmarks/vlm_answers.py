@@ -1,10 +1,11 @@
 """Does any control make a vision-language model say less of what is not there? POPE and CHAIR without control and under every control.
 
 Every control is measured at its default and at its best setting. The best one is chosen from a small grid on scenes of another stream,
-by the mean of POPE's accuracy and CHAIR's F1; the default takes part. What cannot work on a model is listed with its error. Everything
-is kept under --record, so the command goes on where it was stopped, and several models make one report.
+under noise (clean pictures are answered too well to tell settings apart), by the mean of POPE's accuracy and CHAIR's F1; the default
+takes part. What cannot work on a model is listed with its error. Everything is kept under --record, so the command goes on where it
+was stopped, and several models make one report.
 
-    python -m benchmarks.vlm_answers [--model builtin:icons-vlm builtin:smol-vlm] [--parts own held-out style] [--tune 100]
+    python -m benchmarks.vlm_answers [--model builtin:icons-vlm builtin:smol-vlm] [--parts own noise held-out style] [--tune 100]
         [--output benchmarks/results/vlm.md]
 """
 
@@ -82,11 +83,13 @@ LEFT_OUT = {
     "PINE": "orders several segments of a prompt; these prompts have one picture each, and one segment stays as it is",
     "RecordAttention": "changes nothing",
 }
-PARTS = {  # name -> (world by name, held-out nouns, heading)
-    "own": ("emoji", False, "Its own world: the art style and the nouns of training"),
-    "held-out": ("emoji", True, "Nouns that training never showed"),
-    "style": ("emoji-noto", False, "An art style that training never showed"),
+PARTS = {  # name -> (held-out nouns, noise on the pictures, heading)
+    "own": (False, False, "Its own world"),
+    "noise": (False, True, "Its own world under noise"),
+    "held-out": (True, False, "Nouns that training never showed"),
+    "style": (False, False, "An art style that training never showed"),
 }
+EMOJI = ("held-out", "style")  # parts that only the emoji world has
 
 
 @dataclass
@@ -171,6 +174,7 @@ class Bench:
             "pope": [[p.scene, p.noun, p.present] for p in self.pope.asked],
             "captions": [self.chair.scenes.count, self.caption_tokens],
             "world": self.pope.scenes.world.name,
+            "noise": self.pope.scenes.noise,
         }
         try:
             found = kept(self.folder / f"{slug}.json", settings, lambda: self._ask(setting))
@@ -276,7 +280,7 @@ def part_report(bench: Bench, best: dict[str, str | None], heading: str) -> tupl
     lines = [
         f"### {heading}",
         "",
-        f"World `{world.world.name}`: {sum(len(p) for p in bench.pope.splits.values())} POPE questions"
+        f"World `{world.world.name}`, noise {world.noise:g}: {sum(len(p) for p in bench.pope.splits.values())} POPE questions"
         f" ({len(bench.pope.asked)} different ones), {bench.chair.scenes.count} captions. {_verdict(verdicts)}",
         "",
         f"| {' | '.join(head[:-1])} | against {head[-1]} (McNemar) |",
@@ -322,27 +326,23 @@ def report_model(name: str, asked: argparse.Namespace) -> tuple[list[str], list[
 
     tuning = bench(
         "tuning",
-        PopeTest.make(world, asked.tune, habits=habits, stream=STREAMS["tuning"]),
-        ChairTest.make(world, max(asked.tune // 2, 1), stream=STREAMS["tuning"] + 1),
+        PopeTest.make(world, asked.tune, habits=habits, noise=asked.noise, stream=STREAMS["tuning"]),
+        ChairTest.make(world, max(asked.tune // 2, 1), noise=asked.noise, stream=STREAMS["tuning"] + 1),
     )
     best, tuned = choose(tuning, asked.controls)
     lines, details = [f"## {subject.name}", ""], [f"## {subject.name}, every split", ""]
-    for part in asked.parts if own == "emoji" else ["own"]:
-        where, held_out, heading = PARTS[part]
-        there = world if part == "own" else measures.world_named(where)
+    for part in asked.parts:
+        held_out, noisy, heading = PARTS[part]
+        if part in EMOJI and own != "emoji":
+            continue
+        there = measures.world_named("emoji-noto") if part == "style" else world
         splits = ("random",) if held_out else measures.SPLITS
-        pope = PopeTest.make(there, asked.questions, splits, held_out=held_out, habits=None if held_out else habits)
-        chair = ChairTest.make(there, asked.captions, held_out=held_out)
-        if own != "emoji":
-            heading = "Its own world"
-        above, below = part_report(bench(part, pope, chair), best, heading)
+        more = {"held_out": held_out, "noise": asked.noise if noisy else 0.0}
+        pope = PopeTest.make(there, asked.questions, splits, habits=None if held_out else habits, **more)
+        above, below = part_report(bench(part, pope, ChairTest.make(there, asked.captions, **more)), best, heading)
         lines, details = lines + above, details + below
-    scenes = f"{asked.tune} questions of each split and {max(asked.tune // 2, 1)} captions"
-    lines += [
-        "### How the best settings were chosen",
-        "",
-        f"On {scenes} about scenes of another stream of its own world.",
-    ]
+    how = f"On {asked.tune} questions of each split and {max(asked.tune // 2, 1)} captions about scenes of another stream of its own"
+    lines += ["### How the best settings were chosen", "", f"{how} world, noise {asked.noise:g}."]
     lines += ["", "| control | setting | (accuracy + F1) / 2, % | |", "|---|---|---|---|", *tuned, ""]
     return lines, details
 
@@ -352,11 +352,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", "-m", nargs="+", default=["builtin:icons-vlm", "builtin:smol-vlm"])
     parser.add_argument("--controls", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument(
-        "--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="of models of the emoji world"
+        "--parts",
+        nargs="+",
+        default=list(PARTS),
+        choices=list(PARTS),
+        help="held-out and style are for models of the emoji world",
     )
     parser.add_argument("--questions", type=int, default=600, help="of each split")
     parser.add_argument("--captions", type=int, default=200)
     parser.add_argument("--tune", type=int, default=100, help="questions of each split that settings are chosen on")
+    parser.add_argument("--noise", type=float, default=0.4, help="of the noise part and of the tuning stream")
     parser.add_argument("--caption-tokens", type=int, default=64, help="longest caption")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device")

@@ -25,6 +25,7 @@ from transformers import (
 
 from attnctrl import AttnCtrlError, assemble, fetch
 from attnctrl.apps.commands.fetch import fetch as command
+from attnctrl.icons.models import resolve_vlm
 
 
 gguf = pytest.importorskip("gguf", reason="converting SmolLM2 needs gguf: pip install 'attnctrl[smol]'")
@@ -183,6 +184,7 @@ def test_fetched_model_loads_with_auto_classes(index, local, capsys):
 
 def test_language_model_alone_equals_its_source(index, local):
     folder = fetch.fetch("smollm2")
+    assert resolve_vlm("builtin:smollm2") == str(folder)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("cat a cat 12", return_tensors="pt")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids[0])[-4:] == [
@@ -232,6 +234,8 @@ def test_another_adapter_makes_a_fetched_model_stale(index, local, monkeypatch, 
 def test_names(local):
     with pytest.raises(AttnCtrlError, match=r"builtin:smol-vlm is not fetched yet\nHINT: attnctrl fetch smol-vlm"):
         fetch.fetched("smol-vlm")
+    with pytest.raises(AttnCtrlError, match=r"builtin:smollm2 is not fetched yet\nHINT: attnctrl fetch smollm2"):
+        resolve_vlm("builtin:smollm2")
     for asked in (fetch.fetched, fetch.fetch):
         with pytest.raises(AttnCtrlError, match=r"no model 'llava' to fetch\nHINT: smol-vlm, smollm2"):
             asked("llava")

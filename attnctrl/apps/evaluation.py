@@ -34,6 +34,7 @@ class Evaluation:
         measure: "pope" or "chair". world: None goes by the model's name. split: of POPE, or "all".
         count: questions of each split, or captions. held_out: scenes of nouns that training never shows.
         prior: probability that the second object of a scene is a usual companion of the first.
+        noise: standard deviation of noise on the pictures, 1 being black to white.
         controls: as `--control` writes them; with some, the model is measured without them too.
         output: file of the report, markdown.
     """
@@ -45,6 +46,7 @@ class Evaluation:
     count: int = 600
     held_out: bool = False
     prior: float = 0.0
+    noise: float = 0.0
     controls: Sequence[str] = ()
     max_new_tokens: int | None = None
     batch_size: int = 32
@@ -118,7 +120,7 @@ def _test(asked: Evaluation) -> PopeTest | ChairTest:
     if asked.split != "all" and asked.split not in SPLITS:
         raise AttnCtrlError(f"POPE has no split {asked.split!r}\nHINT: all, {', '.join(SPLITS)}")
     world = world_named(asked.world or default_world(asked.model))
-    more = {"held_out": asked.held_out, "prior": asked.prior}
+    more = {"held_out": asked.held_out, "prior": asked.prior, "noise": asked.noise}
     if asked.measure == "chair":
         return ChairTest.make(world, asked.count, **more)
     every = ("random",) if asked.held_out else SPLITS
@@ -131,7 +133,7 @@ def _facts(asked: Evaluation, test: PopeTest | ChairTest, device: str, dtype: st
     return {
         "model": Path(asked.model).name if Path(asked.model).is_absolute() else asked.model,
         "world": f"{scenes.world.name}, {'held-out nouns' if asked.held_out else 'nouns of training'}",
-        "scenes": f"stream {scenes.stream}, prior {asked.prior:g}",
+        "scenes": f"stream {scenes.stream}, prior {asked.prior:g}, noise {asked.noise:g}",
         "device": f"{device}, {dtype}",
         "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
     }

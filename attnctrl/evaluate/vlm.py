@@ -6,6 +6,7 @@ together in training does so here only by chance; training co-occurrence is coun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -64,6 +65,8 @@ class Scenes:
     Args:
         held_out: scenes of nouns that training never shows, and of no others.
         objects: how many each scene has, in turn. prior: see `World.scene`.
+        noise: standard deviation of normal noise that is added to every pixel, 1 being the range from black to white. What a picture
+            then hardly shows, a model fills in from what it expects.
 
     Raises:
         AttnCtrlError: a world without held-out nouns was asked for them.
@@ -75,8 +78,11 @@ class Scenes:
     held_out: bool = False
     objects: tuple[int, ...] = (2, 3, 4)
     prior: float = 0.0
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.noise) and self.noise >= 0):
+            raise AttnCtrlError(f"noise={self.noise} is no standard deviation from 0\nHINT: 0.5")
         if self.held_out and not self.world.held_out:
             raise AttnCtrlError(
                 f"the world {self.world.name!r} holds no nouns out of training\nHINT: --world emoji does; or leave out --held-out"
@@ -99,8 +105,15 @@ class Scenes:
 
     def picture(self, index: int) -> Image.Image:
         if index not in self._pictures:
-            self._pictures[index] = self.scenes[index].render()
+            self._pictures[index] = self._noisy(self.scenes[index].render(), index)
         return self._pictures[index]
+
+    def _noisy(self, picture: Image.Image, index: int) -> Image.Image:
+        if not self.noise:
+            return picture
+        pixels = np.asarray(picture.convert("RGB"), dtype=np.float64)
+        drawn = np.random.default_rng((HELD_OUT, self.stream, index, 1)).normal(0, 255 * self.noise, pixels.shape)
+        return Image.fromarray(np.clip(pixels + drawn + 0.5, 0, 255).astype(np.uint8))
 
     @cached_property
     def held(self) -> list[list[str]]:
@@ -139,6 +152,7 @@ class PopeTest:
         *,
         held_out: bool = False,
         prior: float = 0.0,
+        noise: float = 0.0,
         stream: int = STREAMS["pope"],
         habits: Habits | None = None,
     ) -> PopeTest:
@@ -149,7 +163,7 @@ class PopeTest:
             raise AttnCtrlError(
                 "held-out nouns never appear in training, so none of them is popular or adversarial\nHINT: --split random"
             )
-        scenes = Scenes(world, stream, questions // 2, held_out, prior=prior)
+        scenes = Scenes(world, stream, questions // 2, held_out, prior=prior, noise=noise)
         habits = habits or (Habits({}, {}) if held_out else training_habits(world))
         found = {
             name: probes(scenes.held, name, scenes.nouns, habits, stream)[: questions // 2 * 2] for name in splits
@@ -189,11 +203,12 @@ class ChairTest:
         *,
         held_out: bool = False,
         prior: float = 0.0,
+        noise: float = 0.0,
         stream: int = STREAMS["chair"],
     ) -> ChairTest:
         if captions < 1:
             raise AttnCtrlError(f"{captions} captions are too few\nHINT: 200")
-        return cls(Scenes(world, stream, captions, held_out, objects=(1, 2, 3, 4), prior=prior))
+        return cls(Scenes(world, stream, captions, held_out, objects=(1, 2, 3, 4), prior=prior, noise=noise))
 
     def run(self, vlm: GroundedVLM, controls: Sequence[Control] = (), **options: Any) -> tuple[list[Answer], str]:
         pictures = [self.scenes.picture(i) for i in range(self.scenes.count)]

@@ -110,6 +110,16 @@ def test_true_captions_hallucinate_nothing():
     assert all(test.right(truth))
 
 
+def test_noise_is_the_same_every_time_and_leaves_the_truth():
+    plain, noisy = (Scenes(IconWorld(), 1, 3, noise=noise) for noise in (0.0, 0.5))
+    assert noisy.scenes == plain.scenes
+    pixels = np.asarray(noisy.picture(1), dtype=float)
+    assert (pixels == np.asarray(Scenes(IconWorld(), 1, 3, noise=0.5).picture(1))).all()
+    assert np.abs(pixels - np.asarray(plain.picture(1))).mean() > 30
+    with pytest.raises(AttnCtrlError, match="no standard deviation"):
+        Scenes(IconWorld(), 1, 3, noise=-1.0)
+
+
 def test_held_out_nouns_have_no_habits():
     class Emoji(IconWorld):
         name, held_out = "some", frozenset({"cat", "dog", "car", "tree", "moon", "key"})

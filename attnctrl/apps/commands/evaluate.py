@@ -50,6 +50,14 @@ Prior = Annotated[
         rich_help_panel=SCENES,
     ),
 ]
+Noise = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        help="Standard deviation of noise on the pictures, 1 being black to white: what is hard to see is guessed.",
+        rich_help_panel=SCENES,
+    ),
+]
 Control = Annotated[
     list[str] | None,
     typer.Option(
@@ -75,6 +83,7 @@ def pope(
     questions: Annotated[int, typer.Option(min=2, help="Of each split; half of them are to be answered yes.")] = 600,
     held_out: HeldOut = False,
     prior: Prior = 0.0,
+    noise: Noise = 0.0,
     control: Control = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 16,
     batch_size: BatchSize = 32,
@@ -95,6 +104,7 @@ def pope(
         count=questions,
         held_out=held_out,
         prior=prior,
+        noise=noise,
         controls=control or (),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
@@ -115,6 +125,7 @@ def chair(
     captions: Annotated[int, typer.Option(min=1, help="One a picture.")] = 200,
     held_out: HeldOut = False,
     prior: Prior = 0.0,
+    noise: Noise = 0.0,
     control: Control = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest caption.")] = 64,
     batch_size: BatchSize = 32,
@@ -134,6 +145,7 @@ def chair(
         count=captions,
         held_out=held_out,
         prior=prior,
+        noise=noise,
         controls=control or (),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,

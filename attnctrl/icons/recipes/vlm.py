@@ -351,6 +351,9 @@ def export(output: Path, to: Path, scenes: int = 0) -> None:
     if state is None or not (output / "tokenizer").is_dir():
         raise AttnCtrlError(f"{output} has no vlm.pt with its tokenizer\nHINT: run the recipe vlm first")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(output / "tokenizer")
+    tokenizer.init_kwargs = {
+        k: v for k, v in tokenizer.init_kwargs.items() if k not in ("is_local", "local_files_only")
+    }
     model = build(tokenizer)
     model.load_state_dict(state["model"])
     weights = {name: weight.half() for name, weight in model.state_dict().items() if name != "lm_head.weight"}
