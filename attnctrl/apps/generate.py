@@ -164,9 +164,8 @@ def run(job: Job, controls: Sequence[Control]) -> Iterator[Path | str]:
         )
     pipeline, made = load_pipeline(job)
     arguments = call_arguments(job, pipeline)
-    session = (
-        Session(pipeline, *with_phrases(controls, job.prompt, pipeline)) if controls else None
-    )  # a head that does not exist is told here
+    placed = with_phrases(controls, job.prompt, pipeline)
+    session = Session(pipeline, *placed) if controls else None  # a head that does not exist is told here
     request = job.request(controls, made)
     stem = job.stem(request)
     ways = [("", session, request)]
@@ -198,6 +197,7 @@ def remake(source: Path, given: dict[str, Any], report: bool = False) -> Iterato
 
     with quiet_imports():
         from ..processors import Session
+        from ..processors.phrases import with_phrases
         from .loading import load_pipeline
 
     from .batch.pictures import read_request, save_picture
@@ -212,7 +212,7 @@ def remake(source: Path, given: dict[str, Any], report: bool = False) -> Iterato
     if other:
         yield f"made with {', '.join(other)}, which differs here: pixels may too"
     pipeline, made = load_pipeline(job)
-    session = Session(pipeline, *controls) if controls else None
+    session = Session(pipeline, *with_phrases(controls, job.prompt, pipeline)) if controls else None
     asked = job.request(controls, made)
     ending = "webp" if source.suffix.lower() == ".webp" else "png"
     target = job.output / f"{job.stem(asked)}-{job.seed}.{ending}"

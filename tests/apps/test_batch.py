@@ -131,6 +131,25 @@ def test_a_picture_is_made_again(batch, attnctrl, tmp_path, ending):
         }
 
 
+def test_phrases_are_looked_up_in_each_prompt(batch, attnctrl, tmp_path):
+    place = {"prompt": "red cat", "box": [0, 0, 0.5, 1], "of_prompt": True}
+    rows = [
+        {"id": "first", "prompt": "a red cat and a tree", "regions": [place]},
+        {"id": "second", "prompt": "a tree and a red cat", "regions": [place]},
+        {"id": "without", "prompt": "a tree and a red cat"},
+    ]
+    code, out, err = batch(rows)
+    assert code == 0, err
+    assert len({line["group"] for line in lines(out / "results.jsonl")}) == 3
+    assert (pixels(out / "second.png") != pixels(out / "without.png")).any()
+    code, _, err = attnctrl("generate", "--from", out / "second.png", "--output", tmp_path / "again")
+    assert code == 0, err
+    again = next((tmp_path / "again").glob("*.png"))
+    assert (pixels(again) == pixels(out / "second.png")).all()
+    code, out, err = batch([{**rows[0], "id": "lost", "prompt": "a tree"}], folder="lost")
+    assert code != 0 and "'red cat'" in err and not list(out.glob("*.png"))
+
+
 def test_generate_from_a_picture_of_generate(attnctrl, model, tmp_path):
     arguments = (
         "--num-images",

@@ -99,21 +99,16 @@ class Batches:
         return Batch(**pictures(scenes), **tensors, mask=mask, spans=spans)
 
     def _fill(
-        self,
-        arrays: dict[str, np.ndarray],
-        row: int,
-        questions: list[Question],
-        rng: np.random.Generator,
-        chats: float,
+        self, arrays: dict[str, np.ndarray], row: int, asked: list[Question], rng: np.random.Generator, chats: float
     ) -> list[tuple[int, Question, int, int]]:
         chat, spans, start = rng.random() < chats, [], len(self.prefix)
         arrays["ids"][row, :start], arrays["positions"][row, :start] = self.prefix, np.arange(start)
         arrays["turns"][row, :start] = 0
-        texts = [q.text.lower().rstrip("?.") if rng.random() < 0.15 else q.text for q in questions]
-        asked = self._encode([f"{text}{END}<|assistant|>" for text in texts])
-        said = self._encode([f"{question.answer}{END}" for question in questions])
+        texts = [q.text.lower().rstrip("?.") if rng.random() < 0.15 else q.text for q in asked]
+        asks = self._encode([f"{text}{END}<|assistant|>" for text in texts])
+        said = self._encode([f"{question.answer}{END}" for question in asked])
         at = start
-        for question, ask, say in zip(questions, asked, said):
+        for question, ask, say in zip(asked, asks, said):
             ask = [self.user, *ask] if chat and spans else ask
             first, end = at + len(ask), at + len(ask) + len(say)
             if end > LENGTH:
