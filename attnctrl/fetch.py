@@ -118,7 +118,7 @@ def fetch(name: str, force: bool = False, say: Callable[[str], None] = lambda li
                 raise OSError(errno.ENOSPC, f"{free / 1e6:.0f} MB are free")
             with tempfile.TemporaryDirectory(dir=models, prefix=f".{name}-") as temporary:
                 target = Path(temporary) / name
-                files = {part: download(PARTS[part], Path(temporary) / part, say) for part in recipe.parts}
+                files = {part: download(PARTS[part], Path(temporary) / "parts" / part, say) for part in recipe.parts}
                 say(f"assembling {name}")
                 with quiet_imports():
                     _assemble(name, files, target)

@@ -185,6 +185,8 @@ def test_fetched_model_loads_with_auto_classes(index, local, capsys):
 def test_language_model_alone_equals_its_source(index, local):
     folder = fetch.fetch("smollm2")
     assert resolve_vlm("builtin:smollm2") == str(folder)
+    wanted = {"attnctrl.json", "config.json", "model.safetensors", "tokenizer.json"}
+    assert wanted <= {path.name for path in folder.iterdir()} and not [*folder.glob("*.gguf"), *folder.glob("*.txt")]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("cat a cat 12", return_tensors="pt")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids[0])[-4:] == [

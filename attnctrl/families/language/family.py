@@ -45,6 +45,7 @@ class LanguageFamily:
         image_ids: names in the config of the tokens that stand for image or video features.
         grid: how image tokens lie in their image, a name of `grids.GRIDS`; "" where that is not known.
         refuses: reasons by control name, or under "image" for all controls of image tokens, why one cannot work.
+        vision: model_type of the vision config, where several families share a `model_type`; the one without it comes last.
     """
 
     name: str
@@ -53,10 +54,12 @@ class LanguageFamily:
     image_ids: tuple[str, ...] = ("image_token_id",)
     grid: str = ""
     refuses: tuple[tuple[str, str], ...] = ()
+    vision: str = ""
 
 
 _VIDEO = ("image_token_id", "video_token_id")
 FAMILIES = (
+    LanguageFamily("Pixtral", "llava", grid="sizes", vision="pixtral"),
     LanguageFamily("LLaVA", "llava", grid="square"),
     LanguageFamily("LLaVA-NeXT", "llava_next", grid="base"),
     LanguageFamily("LLaVA-NeXT-Video", "llava_next_video", image_ids=_VIDEO, grid="base"),
@@ -71,6 +74,8 @@ FAMILIES = (
     LanguageFamily("PaliGemma", "paligemma", grid="square"),
     LanguageFamily("Mistral 3", "mistral3", grid="sizes"),
     LanguageFamily("FastVLM", "fast_vlm", grid="square"),
+    LanguageFamily("Janus", "janus", grid="square"),
+    LanguageFamily("GLM-4V", "glm4v", grid="patches"),
     LanguageFamily(
         "Mllama",
         "mllama",
@@ -109,7 +114,8 @@ def find_language(model: nn.Module) -> Language:
     for found in {model_type, getattr(config.get_text_config(), "model_type", "")} & set(REFUSED):
         raise AttnCtrlError(f"{kind} ({found}) cannot be controlled: {REFUSED[found]}")
     base = model.base_model
-    family = next((family for family in FAMILIES if family.model_type == model_type), None)
+    seen_by = ("", getattr(getattr(config, "vision_config", None), "model_type", ""))
+    family = next((one for one in FAMILIES if one.model_type == model_type and one.vision in seen_by), None)
     if family is None:
         text_only = not getattr(config, "sub_configs", None)
         ids = tuple(name for name in _VIDEO if isinstance(getattr(config, name, None), int))
