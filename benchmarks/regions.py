@@ -376,7 +376,7 @@ def main() -> None:
         lines += ["## Layout", "", *head]
         for objects in asked.objects:
             records = ways(objects, (PLAIN, REGIONS, BOTH))
-            for way in (REGIONS, BOTH):
+            for way in (BOTH,) if objects != 3 else ():  # the boxes of three are drawn like those of four
                 records[f"alone, {way}"] = run.judge_all(
                     f"{objects}-objects-alone", way, partial(alone, objects=objects)
                 )

@@ -1,4 +1,6 @@
-"""Runs edits of rows: explicit rows, in tiles of at most ``tiled.TILE`` scores, beside the model's own kernel for the rest."""
+"""Runs edits of rows: explicit rows, in tiles of at most ``tiled.TILE`` scores (``rows.CHUNK`` on the CPU), beside the model's own
+kernel for the rest.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnctrl.attention import rows as sizes
 from attnctrl.attention import tiled
 from attnctrl.attention.blocks import exact, heads_of
 from attnctrl.attention.dispatch import attend
 from attnctrl.attention.kernels import count_kernel
 from attnctrl.attention.plan import additive
-from attnctrl.attention.rows import LOOK, OUTPUT, PATTERN, RowEdit
+from attnctrl.attention.rows import LOOK, OUTPUT, PATTERN, RowEdit, pieces
 from attnctrl.errors import AttnCtrlError
 
 
@@ -51,7 +54,7 @@ class Mask:
         return cls(False, pairs=seen)
 
     def rows(self, s: Tensor, rows: range, n_q: int) -> Tensor:
-        """The scores of a tile of rows, -inf where a row may not look."""
+        """The scores of a tile of rows, -inf where a row may not look; may change `s`."""
         n_k = s.shape[-1]
         if self.pairs is not None:
             part = self.pairs[:, :, rows.start : rows.stop]
@@ -59,8 +62,11 @@ class Mask:
         if self.keys is not None:
             s = s + self.keys.to(s)[:, :, None]
         if self.causal:
-            last = torch.arange(rows.start, rows.stop, device=s.device) + (n_k - n_q)
-            s = s.masked_fill(torch.arange(n_k, device=s.device) > last[:, None], -math.inf)
+            first = max(0, rows.start + n_k - n_q + 1)  # keys before it are seen by all of these rows
+            if first < n_k:
+                behind = torch.arange(first, n_k, device=s.device)
+                last = torch.arange(rows.start, rows.stop, device=s.device) + (n_k - n_q)
+                s[..., first:].masked_fill_(behind > last[:, None], -math.inf)
         return s
 
 
@@ -79,8 +85,8 @@ def edit_rows(
 
     Args:
         q: (B, H, n_q, D). k: (B, H_kv, n_k, D), v: (B, H_kv, n_k, D_v).
-        plain: the model's own attention, (B, H, n_q, D_v); called only if some row of some head is not edited. Such rows come out as
-            it makes them, bit for bit.
+        plain: the model's own attention, (B, H, n_q, D_v), called only if some row of some head is not edited. Such rows come out as
+            it makes them, bit for bit; the others are written into what it returns, unless that needs its gradient.
         softcap: s <- softcap * tanh(s / softcap) before all edits.
     """
     if not edits:
@@ -101,8 +107,8 @@ def edit_rows(
     out = _fused(q, k, v, fused, plain, mask, scale) if fused else plain()
     if first >= n_q:
         return out
-    new = _explicit(q, k, v, edits, first, mask, scale, softcap)
-    if not acting:
+    new = _explicit(q, k, v, edits, first, mask, scale, softcap, looks=not acting)
+    if new is None:
         return out
     rows = range(first, n_q)
     chosen: Tensor | None = None
@@ -112,25 +118,40 @@ def edit_rows(
             chosen = None
             break
         chosen = one if chosen is None else chosen | one
-    tail = out[:, :, first:]
-    new = new if chosen is None else torch.where(chosen, new, tail)
-    return new if first == 0 else torch.cat([out[:, :, :first], new], 2)
+    return _with_rows(out, first, _where(chosen, new, out[:, :, first:]))
 
 
-def _explicit(q, k, v, edits: Sequence[RowEdit], first: int, mask: Mask, scale, softcap) -> Tensor:
-    """Rows first: of q under all edits, every head."""
+def _explicit(
+    q, k, v, edits: Sequence[RowEdit], first: int, mask: Mask, scale, softcap, looks: bool = False
+) -> Tensor | None:
+    """Rows first: of q under all edits, every head; None where the edits only look."""
     (batch, heads, n_q, dim), n_k, kv = q.shape, k.shape[2], k.shape[1]
     edits = sorted(edits, key=lambda edit: edit.what.stage)
     count_kernel("explicit rows")
     wide = exact(q)
-    keys, values = k.to(wide).transpose(-1, -2), v.to(wide)
     scale = dim**-0.5 if scale is None else scale
-    step = max(1, tiled.TILE // max(1, batch * heads * n_k))
+    tile = min(tiled.TILE, sizes.CHUNK) if q.device.type == "cpu" else tiled.TILE
+    step = max(1, tile // max(1, batch * heads * n_k))
     tiles = [range(start, min(start + step, n_q)) for start in range(first, n_q, step)]
+    if len(tiles) == 1 and k.dtype != wide:
+        keys, values = pieces(k, 2), pieces(v, 2)
+    else:
+        keys, values = (k.to(wide),), (v if looks else v.to(wide),)
+    apart = any(x is not None and x.shape[1] > 1 for x in (mask.keys, mask.pairs))
+    scored = softcap is not None or any(edit.what.stage < PATTERN for edit in edits)
+    ends = mask.causal and mask.pairs is None and mask.keys is None and not scored and len(tiles) > 1
+
+    def end(rows: range) -> int:
+        """Behind the last key that a tile sees, where nothing but the order of tokens hides the others and it is worth it."""
+        seen = max(1, rows.stop + n_k - n_q)
+        return seen if ends and 8 * seen < 7 * n_k else n_k
 
     def pattern(rows: range) -> tuple[Tensor, Tensor]:
-        part = q[:, :, rows.start : rows.stop].to(wide) * scale
-        s = (part.reshape(batch, kv, -1, dim) @ keys).reshape(batch, heads, len(rows), n_k)
+        part = (q[:, :, rows.start : rows.stop].to(wide) * scale).reshape(batch, kv, -1, dim)
+        found = [part @ x[:, :, : end(rows)].to(wide).transpose(-1, -2) for x in keys]
+        s = (found[0] if len(found) == 1 else torch.cat(found, -1)).reshape(batch, heads, len(rows), -1)
+        if s.shape[-1] < n_k:
+            s = F.pad(s, (0, n_k - s.shape[-1]), value=-math.inf)
         if softcap is not None:
             s = softcap * torch.tanh(s / softcap)
         for edit in edits:
@@ -146,7 +167,7 @@ def _explicit(q, k, v, edits: Sequence[RowEdit], first: int, mask: Mask, scale, 
     for rows in tiles if surveys else ():
         p, s = pattern(rows)
         for what in surveys:
-            what.survey(p, s != -math.inf, rows)
+            what.survey(p, (s if apart else s[:, :1]) != -math.inf, rows)
     outs = []
     for rows in tiles:
         p, _ = pattern(rows)
@@ -156,9 +177,25 @@ def _explicit(q, k, v, edits: Sequence[RowEdit], first: int, mask: Mask, scale, 
         for edit in edits:
             if edit.what.stage == LOOK:
                 edit.what.see(p, rows)
-        out = p.reshape(batch, kv, -1, n_k) @ values
+        if looks:
+            continue
+        p = p.reshape(batch, kv, -1, n_k)[..., : end(rows)]
+        parts = p.split([x.shape[2] for x in values], -1) if len(values) > 1 else (p,)
+        out = sum(part @ x[:, :, : p.shape[-1]].to(wide) for part, x in zip(parts, values, strict=True))
         outs.append(out.reshape(batch, heads, len(rows), -1).to(q.dtype))
+    if looks:
+        return None
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+
+def _with_rows(out: Tensor, first: int, new: Tensor) -> Tensor:
+    """`out` (B, H, n_q, D) with its rows from `first` on exchanged, in place where no gradient needs the old ones."""
+    if first == 0:
+        return new
+    if out.requires_grad or new.requires_grad:
+        return torch.cat([out[:, :, :first], new], 2)
+    out[:, :, first:] = new
+    return out
 
 
 def _gated(q: Tensor, k: Tensor, out: Tensor, gates: list[RowEdit], mask: Mask) -> Tensor:
@@ -172,7 +209,7 @@ def _gated(q: Tensor, k: Tensor, out: Tensor, gates: list[RowEdit], mask: Mask) 
         seen = mask.rows(q.new_zeros(1, 1, len(rows), k.shape[2]), rows, n_q)[:, :1] != -math.inf
         factor = gate.what(q[:, :, rows.start :], k, seen)[..., None]
         new = _where(gate.chosen(rows, batch, heads, q.device), tail * factor.to(tail.dtype), tail)
-        out = torch.cat([out[:, :, : rows.start], new], 2) if rows.start else new
+        out = _with_rows(out, rows.start, new)
     return out
 
 

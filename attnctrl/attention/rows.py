@@ -26,19 +26,34 @@ from torch import Tensor
 
 
 SCORES, BIAS, PATTERN, LOOK, OUTPUT = range(5)  # stages, in the order in which they act
+CHUNK = 1 << 18  # numbers of a temporary on the CPU: what stays in its cache costs a fraction of fresh memory
+
+
+def pieces(x: Tensor, dim: int) -> tuple[Tensor, ...]:
+    """`x` in slices along `dim`, on the CPU of about CHUNK numbers each: to copy into a wider type one by one."""
+    size = x.shape[dim]
+    if x.device.type == "cpu":
+        size = max(min(256, CHUNK), CHUNK * size // max(1, x.numel()))
+    return x.split(max(1, size), dim)
 
 
 class Edits:
     """What an edit of rows does at its stage.
 
     SCORES and BIAS: called with s (B, H, r, n_k) before the mask, returns it edited. PATTERN: with p = softmax(s), likewise; with
-    `surveys`, `survey(p, seen, rows)` is given every tile of p, and which keys each row may see, before the first one is edited. LOOK:
-    `see(p, rows)`, p as it is used. OUTPUT: called with q of the edited rows, k, and which keys they see, (B|1, 1, r, n_k) bool; returns factors
-    (B, H, r) of their output.
+    `surveys`, `survey(p, seen, rows)` is given every tile of p, and which keys each row may see, (B, H|1, r, n_k) bool, before the first
+    one is edited. LOOK: `see(p, rows)`, p as it is used. OUTPUT: called with q of the edited rows, k, and which keys they see,
+    (B|1, 1, r, n_k) bool; returns factors (B, H, r) of their output.
     """
 
     stage: ClassVar[int]
     surveys: bool = False
+
+    def sets_like(self, p: Tensor) -> Tensor:
+        """`self.sets`, in the type and on the device of p, and kept so."""
+        if getattr(self, "_like", None) is None or self._like.dtype != p.dtype or self._like.device != p.device:
+            object.__setattr__(self, "_like", self.sets.to(p))
+        return self._like
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,29 +118,26 @@ class Recycle(Edits):
 
     @cached_property
     def sets(self) -> Tensor:
-        """(B, 1, n, 3) in float64: image, its non-sinks, sinks; nothing where the image holds no sink."""
+        """(3, B, 1, 1, n) bool: image, its non-sinks, sinks; nothing where the image holds no sink."""
         seen = (self.image & self.sinks).any(-1, keepdim=True)
-        return torch.stack([self.image & seen, self.image & ~self.sinks & seen, self.sinks & seen], -1)[
-            :, None
-        ].double()
+        found = torch.stack([self.image & seen, self.image & ~self.sinks & seen, self.sinks & seen])
+        return found[:, :, None, None]
 
     def __call__(self, p: Tensor) -> Tensor:
         n = self.sinks.shape[1]
         share = self.share.to(p) if isinstance(self.share, Tensor) else self.share
-        part, sets = p[..., :n], self._sets_like(p)
-        mass_image, mass_free, mass_sinks = (part @ sets).split(1, -1)
+        part, (image, free, sinks) = p[..., :n], self.sets_like(p)
+        on_free, on_sinks = part * free, part * sinks
+        mass_image, mass_free, mass_sinks = (x.sum(-1, keepdim=True) for x in (part * image, on_free, on_sinks))
         edit = (mass_image >= self.min_image_mass) & (mass_free >= self.min_non_sink * mass_image) & (mass_free > 0)
         moved = share * mass_sinks * edit
         if self.tally is not None:
             self.tally.add(rows=float(mass_free.numel()), edited=edit.sum(), moved=moved.sum())
-        change = torch.cat([moved / torch.where(edit, mass_free, 1.0), -share * edit.to(p)], -1)
-        new = torch.addcmul(part, part, change @ sets[..., 1:].transpose(-1, -2))
-        return new if n == p.shape[-1] else torch.cat([new, p[..., n:]], -1)
-
-    def _sets_like(self, p: Tensor) -> Tensor:
-        if getattr(self, "_like", None) is None or self._like.dtype != p.dtype or self._like.device != p.device:
-            object.__setattr__(self, "_like", self.sets.to(p))
-        return self._like
+        new = p.clone()
+        new[..., :n].addcmul_(on_free, moved / torch.where(edit, mass_free, 1.0)).addcmul_(
+            on_sinks, -share * edit.to(p)
+        )
+        return new
 
 
 @dataclass(eq=False)
@@ -160,8 +172,10 @@ class Pattern(Edits):
         for row, (wanted, keys) in enumerate(zip(self.rows, self.keys, strict=True)):
             inside = [i - rows.start for i in wanted if i in rows]
             if inside:
-                part = p[row] if self.heads is None else p[row, list(self.heads)]
-                self.parts[row].append(part[:, inside][:, :, keys.to(p.device)])
+                first, end = inside[0], inside[-1] + 1
+                part = p[row, :, first:end] if end - first == len(inside) else p[row][:, inside]
+                part = part if self.heads is None or len(self.heads) == len(part) else part[list(self.heads)]
+                self.parts[row].append(part.index_select(-1, keys.to(p.device)))
 
     def of(self, row: int) -> Tensor:
         """(H, rows, keys) of a batch row."""

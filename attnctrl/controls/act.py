@@ -81,15 +81,17 @@ class ACT(LanguageControl):
         return "2:-1" if count > 3 else None
 
     def row_edits(self, site: Site, prompt: Prompt, weights: Tensor, n_k: int) -> tuple[RowEdit, ...]:
-        heads, by = per_head(weights)
         share = self.strength * (1 - self.beta)
         key = (self, site.layer)
+        if prompt.reads:
+            prompt.notes[(*key, "heads")] = per_head(weights)
+        heads, by = prompt.notes[(*key, "heads")]
         if prompt.reads:
             before = prompt.notes.get(key)
             offset = prompt.total - n_k
             prompt.notes[key] = edit = self.calibration(prompt, share * by, offset, before and before.columns)
         else:
-            edit = replace(prompt.notes[key], offset=prompt.total - n_k, surveys=False)
+            edit = replace(prompt.notes[key], offset=prompt.total - n_k, surveys=False, mask=None)
         return (RowEdit(edit, None, heads),)
 
     def calibration(
@@ -118,11 +120,12 @@ class _Calibrate(Edits):
     tally: Tally
     sinks: Tensor | None = None
     surveys: bool = True
+    mask: Tensor | None = None  # the sinks as numbers of the keys that p has
     stage: ClassVar[int] = PATTERN
 
     def survey(self, p: Tensor, seen: Tensor, rows: range) -> None:
         valid = self.prompt.valid[:, self.prompt.past + rows.start : self.prompt.past + rows.stop].to(p)[:, None, None]
-        self.sinks = None
+        self.sinks = self.mask = None
         mass, count = (valid @ p)[:, :, 0], (valid @ seen.to(p))[:, :, 0]
         mass, count = (F.pad(x, (self.offset, 0)) for x in (mass, count))
         before = self.columns
@@ -139,12 +142,12 @@ class _Calibrate(Edits):
             limit = self.limit.to(p) if isinstance(self.limit, Tensor) else self.limit
             self.sinks = self.columns.sinks(limit, first)
             self.tally.add(heads=float(p.shape[0] * p.shape[1]), sinks=self.sinks.sum())
-        sinks = F.pad(self.sinks, (0, max(0, self.offset + p.shape[-1] - self.sinks.shape[-1])))[
-            :, :, None, self.offset :
-        ]
+        if self.mask is None:
+            sinks = self.sinks[:, :, None, self.offset :].to(p)
+            self.mask = F.pad(sinks, (0, max(0, p.shape[-1] - sinks.shape[-1])))
         share = self.share.to(p)[..., None] if isinstance(self.share, Tensor) else self.share
-        on = p * sinks
-        mass = on.sum(-1, keepdim=True)
-        rest = (p - on).sum(-1, keepdim=True)  # 0 where a row sees nothing but sinks; such a row stays
-        share = torch.where(rest > 0, share, torch.zeros_like(rest))
-        return p - share * on + (p - on) * (share * mass / torch.where(rest > 0, rest, 1.0))
+        on = p * self.mask
+        off = p - on
+        mass, rest = on.sum(-1, keepdim=True), off.sum(-1, keepdim=True)
+        share = torch.where(rest > 0, share, torch.zeros_like(rest))  # a row that sees nothing but sinks stays
+        return torch.addcmul(off * (1 + share * mass / torch.where(rest > 0, rest, 1.0)), on, 1 - share)

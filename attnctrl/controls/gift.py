@@ -185,8 +185,14 @@ class GIFT(LanguageControl):
             return edits
         saliency, some = self._saliency(prompt)
         rows = prompt.rows_that_answer_from_images()
-        image, question = (prompt.keys(x, n_k) for x in (prompt.image, prompt.notes[(self, "question")]))
-        gaze = _Gaze(image, question, (self.alpha * self.strength * prompt.keys(saliency, n_k)).exp())
+        key, whole = (self, site.layer, "gaze"), n_k == prompt.total  # a window slides over the image
+        gaze = prompt.notes.get(key) if whole else None
+        if gaze is None:
+            masks = [prompt.keys(x, n_k) for x in (prompt.image, prompt.notes[(self, "question")])]
+            more = torch.expm1(self.alpha * self.strength * prompt.keys(saliency, n_k))
+            gaze = _Gaze(torch.stack([*(x.to(more) for x in masks), more])[:, :, None, None])
+            if whole:
+                prompt.notes[key] = gaze
         return (*edits, RowEdit(gaze, tuple(row if looked else FAR for row, looked in zip(rows, some, strict=True))))
 
     def says(self) -> tuple[str, ...]:
@@ -215,28 +221,27 @@ def _salient(rise: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Gaze(Edits):
-    """image, question (B, n_k) bool; factor (B, n_k), 1 outside the image."""
+    """``sets`` (3, B, 1, 1, n), for the first n keys: 1 in the image, 1 in the question, and what a key's factor is above 1."""
 
-    image: Tensor
-    question: Tensor
-    factor: Tensor
+    sets: Tensor
     stage: ClassVar[int] = PATTERN
 
     def __call__(self, p: Tensor) -> Tensor:
-        image, question = (x.to(p.device)[:, None, None] for x in (self.image, self.question))
-        grown = p * self.factor.to(p)[:, None, None]
-        seen, asked, after = ((x * where).sum(-1) for x, where in ((p, image), (p, question), (grown, image)))
-        lookers, askers = _top_half(seen), _top_half(asked)  # (B, H, r)
+        part, (image, question, more) = p[..., : self.sets.shape[-1]], self.sets_like(p)
+        grown, on_question = part * more, part * question
+        seen, asked = (part * image).sum(-1), on_question.sum(-1)  # (B, H, r)
+        lookers, askers = _top_half(seen), _top_half(asked)
         before = (seen * lookers).sum(1, keepdim=True)
-        ratio = (after * lookers).sum(1, keepdim=True) / torch.where(before > 0, before, 1.0)
-        ratio = torch.where(before > 0, ratio, torch.ones_like(ratio))[..., None]
-        p = torch.where(lookers[..., None] & image, grown, p)
-        p = torch.where(askers[..., None] & question, ratio * p, p)
-        total = p.sum(-1, keepdim=True)
-        return p / torch.where(total > 0, total, 1.0)
+        ratio = (grown.sum(-1) * lookers).sum(1, keepdim=True) / torch.where(before > 0, before, 1.0)  # above 1
+        new = p.clone()
+        new[..., : part.shape[-1]].addcmul_(grown, lookers[..., None]).addcmul_(
+            on_question, (ratio * askers)[..., None]
+        )
+        total = new.sum(-1, keepdim=True)
+        return new.div_(torch.where(total > 0, total, 1.0))
 
 
 def _top_half(mass: Tensor) -> Tensor:
-    """The half of the heads with most mass, (B, H, r) bool."""
+    """1 for the half of the heads with most mass, (B, H, r)."""
     heads = mass.topk(max(1, mass.shape[1] // 2), 1).indices
-    return torch.zeros_like(mass, dtype=torch.bool).scatter_(1, heads, True)
+    return torch.zeros_like(mass).scatter_(1, heads, 1.0)

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.rows import Recycle, RowEdit, Tally
+from ..attention.blocks import exact
+from ..attention.rows import Recycle, RowEdit, Tally, pieces
 from ..errors import AttnCtrlError
 from ..heads import HeadSet
 from ..sites import Site
@@ -127,9 +128,7 @@ class VAR(LanguageControl):
         return found
 
     def watch(self, site: Site, prompt: Prompt, hidden: Tensor) -> None:
-        x = hidden.detach().float()
-        top = (x if self.dims == "any" else x[..., list(self.dims)]).abs().amax(-1)
-        sinks = top / (x.square().mean(-1) + 1e-6).sqrt() > self.tau
+        sinks = torch.cat([self._stand_out(x) for x in pieces(hidden.detach(), 1)], 1)
         key, past = (self, site.layer), prompt.past
         before = prompt.notes[key].sinks[:, :past] if key in prompt.notes else sinks[:, :0]
         every = torch.cat([F.pad(before, (0, past - before.shape[1])), sinks], 1)
@@ -137,15 +136,21 @@ class VAR(LanguageControl):
         image = prompt.image[:, past : past + sinks.shape[1]].to(sinks.device)
         self.tally.add(watched=1.0, sinks=sinks.sum(), sinks_in_image=(sinks & image).sum())
 
+    def _stand_out(self, hidden: Tensor) -> Tensor:
+        """Where a sink dimension of (B, T, C) does, (B, T) bool."""
+        x = hidden.to(exact(hidden))
+        top = (x if self.dims == "any" else x[..., list(self.dims)]).abs().amax(-1)
+        return top > self.tau * (x.square().mean(-1) + 1e-6).sqrt()
+
     def row_edits(self, site: Site, prompt: Prompt, weights: Tensor, n_k: int) -> tuple[RowEdit, ...]:
         found = prompt.notes[(self, site.layer)]
         if not found.in_image:
             return ()
-        heads, by = per_head(weights)
         offset = prompt.total - n_k  # of the first key, above 0 where a window slides
         key = (self, site.layer, "edit")
-        recycle = prompt.notes.get(key) if offset == 0 else None
+        recycle, heads = prompt.notes.get(key, (None, None)) if offset == 0 else (None, None)
         if recycle is None:
+            heads, by = per_head(weights)
             share = self.transfer * self.strength
             recycle = Recycle(
                 sinks=found.sinks[:, offset:],
@@ -156,7 +161,7 @@ class VAR(LanguageControl):
                 tally=self.tally,
             )
             if offset == 0:
-                prompt.notes[key] = recycle
+                prompt.notes[key] = recycle, heads
         return (RowEdit(recycle, prompt.rows_after_image(), heads),)
 
     def says(self) -> tuple[str, ...]:

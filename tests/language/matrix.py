@@ -58,7 +58,7 @@ TRIALS = (
     Trial(ac.AdaptVis(), OFF),
     Trial(ac.ACT(), OFF),
     Trial(ac.PAINT(), OFF),
-    Trial(ac.PINE([(6, 8), (8, 10)]), {"segments": [(6, 8)]}),
+    Trial(ac.PINE([(1, 2), (2, 4)]), {"segments": [(1, 2)]}),
     Trial(ac.ConcentricCausal(), None),
     Trial(ac.TokenPruning(keep=2), {"keep": 1.0}),
     Trial(ac.HeadScale([(2, 1)]), OFF),

@@ -178,7 +178,7 @@ def pixtral():
 
 
 def fast_vlm():
-    vision = tf.TimmWrapperConfig(architecture="test_efficientnet", do_pooling=False)
+    vision = tf.TimmWrapperConfig(architecture="test_efficientnet_ln", do_pooling=False)
     vision.hidden_size = 256
     config = tf.FastVlmConfig(
         vision_config=vision, text_config=tf.Qwen2Config(**TEXT), image_token_index=IMAGE, image_seq_length=4

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from attnctrl.attention import tiled
+from attnctrl.attention import rows, tiled
 from attnctrl.attention.row_engine import Mask, edit_rows
 from attnctrl.attention.rows import Bias, Columns, Gain, Recycle, RowEdit, Tally
 
@@ -104,6 +104,45 @@ def test_equals_the_formula(kind, n_q, monkeypatch):
     torch.testing.assert_close(capped, formula(q, k, v, added, every, 0.5), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("chunk", [4, 3 * B * H * N])
+@pytest.mark.parametrize("n_q", [N, 1])
+def test_half_precision_in_pieces(n_q, chunk, monkeypatch):
+    """Keys and values are widened a few at a time where there is one tile, and rows are cut off where the order of tokens hides keys."""
+    monkeypatch.setattr(rows, "CHUNK", chunk)
+    q, k, v = inputs(n_q, torch.bfloat16)
+    mask, added = masks(n_q)["none"]
+    read = Mask.read(mask, n_q, N, causal=True)
+    for chosen in (edits(n_q), [RowEdit(edits(n_q)[0].what)]):
+        plain = formula(q, k, v, added, [])
+        found = edit_rows(q, k, v, chosen, plain.clone, mask=read)
+        torch.testing.assert_close(found.double(), formula(q, k, v, added, chosen), rtol=2**-7, atol=2**-7)
+
+
+def test_gradients_do_not_write_into_the_models_own():
+    q, k, v = (x.requires_grad_() for x in inputs())
+    chosen = [RowEdit(Gain(torch.full((1, 1, N), 0.3).double()), (4, 6))]
+    added = masks(N)["none"][1]
+
+    def plain():
+        s = torch.stack([q[:, h] @ k[:, h // 2].mT for h in range(H)], 1) / math.sqrt(D) + added[:, None, 0]
+        return torch.softmax(s, -1) @ v.repeat_interleave(2, 1)
+
+    own = plain()
+    found = edit_rows(q, k, v, chosen, lambda: own, mask=Mask(True))
+    torch.testing.assert_close(found.detach(), formula(*(x.detach() for x in (q, k, v)), added, chosen))
+    assert torch.equal(own, plain()) and not torch.equal(found, own)
+    found.sum().backward()
+    assert all(bool(x.grad.isfinite().all()) for x in (q, k, v))
+
+
+def test_looking_needs_no_values():
+    q, k, v = inputs()
+    columns = Columns()
+    own = torch.randn(B, H, N, D).double()
+    assert edit_rows(q, k, v.fill_(math.nan), [RowEdit(columns)], lambda: own, mask=Mask(True)) is own
+    torch.testing.assert_close(columns.total.sum(1), torch.full((B,), float(H * N)).double())
+
+
 def test_probability_stays_and_columns_count_it():
     q, k, _ = inputs()
     one = torch.ones(B, KV, N, 1, dtype=torch.float64)
@@ -119,7 +158,7 @@ def test_rows_before_the_first_edit_are_the_models_own():
     q, k, v = inputs(dtype=torch.bfloat16)
     own = torch.randn(B, H, N, D).bfloat16()
     edit = RowEdit(Gain(torch.ones(1, 1, N)), (6, 8), (1, 2))
-    found = edit_rows(q, k, v, [edit], lambda: own, mask=Mask(True))
+    found = edit_rows(q, k, v, [edit], own.clone, mask=Mask(True))
     changed = (found != own).any(-1)
     wanted = torch.zeros(B, H, N, dtype=torch.bool)
     wanted[0, 1:3, 6:] = wanted[1, 1:3, 8:] = True
