@@ -4,8 +4,10 @@ kernel for the rest.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +20,11 @@ from attnctrl.attention.blocks import exact, heads_of
 from attnctrl.attention.dispatch import attend
 from attnctrl.attention.kernels import count_kernel
 from attnctrl.attention.plan import additive
-from attnctrl.attention.rows import LOOK, OUTPUT, PATTERN, RowEdit, pieces
+from attnctrl.attention.rows import LOOK, OUTPUT, PATTERN, RowEdit
 from attnctrl.errors import AttnCtrlError
+
+
+_SCRATCH = threading.local()  # one buffer a thread: fresh memory costs more than what is written into it
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,10 +138,10 @@ def _explicit(
     tile = min(tiled.TILE, sizes.CHUNK) if q.device.type == "cpu" else tiled.TILE
     step = max(1, tile // max(1, batch * heads * n_k))
     tiles = [range(start, min(start + step, n_q)) for start in range(first, n_q, step)]
-    if len(tiles) == 1 and k.dtype != wide:
-        keys, values = pieces(k, 2), pieces(v, 2)
-    else:
-        keys, values = (k.to(wide),), (v if looks else v.to(wide),)
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    part_by_part = len(tiles) == 1 and k.dtype != wide and q.device.type == "cpu" and not grad
+    if not part_by_part:
+        k, v = k.to(wide), v if looks else v.to(wide)
     apart = any(x is not None and x.shape[1] > 1 for x in (mask.keys, mask.pairs))
     scored = softcap is not None or any(edit.what.stage < PATTERN for edit in edits)
     ends = mask.causal and mask.pairs is None and mask.keys is None and not scored and len(tiles) > 1
@@ -146,10 +151,11 @@ def _explicit(
         seen = max(1, rows.stop + n_k - n_q)
         return seen if ends and 8 * seen < 7 * n_k else n_k
 
-    def pattern(rows: range) -> tuple[Tensor, Tensor]:
+    def pattern(rows: range, survey: bool = False) -> tuple[Tensor, Tensor | None]:
+        """p of a tile, and for a survey which keys its rows see."""
         part = (q[:, :, rows.start : rows.stop].to(wide) * scale).reshape(batch, kv, -1, dim)
-        found = [part @ x[:, :, : end(rows)].to(wide).transpose(-1, -2) for x in keys]
-        s = (found[0] if len(found) == 1 else torch.cat(found, -1)).reshape(batch, heads, len(rows), -1)
+        s = _scores(part, k) if part_by_part else part @ k[:, :, : end(rows)].transpose(-1, -2)
+        s = s.reshape(batch, heads, len(rows), -1)
         if s.shape[-1] < n_k:
             s = F.pad(s, (0, n_k - s.shape[-1]), value=-math.inf)
         if softcap is not None:
@@ -161,13 +167,13 @@ def _explicit(
         p = torch.softmax(s, -1)
         if mask.keys is not None or mask.pairs is not None:
             p = torch.where(p.isnan(), torch.zeros_like(p), p)  # a row that sees nothing
-        return p, s
+        return p, (s if apart else s[:, :1]) != -math.inf if survey else None
 
     surveys = [edit.what for edit in edits if edit.what.surveys]
     for rows in tiles if surveys else ():
-        p, s = pattern(rows)
+        p, seen = pattern(rows, survey=True)
         for what in surveys:
-            what.survey(p, (s if apart else s[:, :1]) != -math.inf, rows)
+            what.survey(p, seen, rows)
     outs = []
     for rows in tiles:
         p, _ = pattern(rows)
@@ -180,12 +186,39 @@ def _explicit(
         if looks:
             continue
         p = p.reshape(batch, kv, -1, n_k)[..., : end(rows)]
-        parts = p.split([x.shape[2] for x in values], -1) if len(values) > 1 else (p,)
-        out = sum(part @ x[:, :, : p.shape[-1]].to(wide) for part, x in zip(parts, values, strict=True))
+        out = _mixed(p, v) if part_by_part else p @ v[:, :, : p.shape[-1]]
         outs.append(out.reshape(batch, heads, len(rows), -1).to(q.dtype))
     if looks:
         return None
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """q (B, H_kv, r, D) with k (B, H_kv, n, D) of a narrower type, (B, H_kv, r, n); no gradient."""
+    s = q.new_empty(*q.shape[:3], k.shape[2])
+    for b, h, at, wide in _widened(k, q.dtype):
+        torch.mm(q[b, h], wide.t(), out=s[b, h, :, at])
+    return s
+
+
+def _mixed(p: Tensor, v: Tensor) -> Tensor:
+    """p (B, H_kv, r, n) with v (B, H_kv, n, D) of a narrower type, (B, H_kv, r, D); no gradient."""
+    out = p.new_zeros(*p.shape[:3], v.shape[3])
+    for b, h, at, wide in _widened(v, p.dtype):
+        out[b, h].addmm_(p[b, h, :, at], wide)
+    return out
+
+
+def _widened(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, slice, Tensor]]:
+    """x (B, H, n, D) in a wider type, some rows at a time: (b, h, rows, (rows, D)). Each is gone when the next one comes."""
+    step = max(1, sizes.CHUNK // x.shape[3])
+    kept = getattr(_SCRATCH, "kept", None)
+    if kept is None or kept.dtype != dtype or kept.numel() < step * x.shape[3]:
+        kept = _SCRATCH.kept = torch.empty(step * x.shape[3], dtype=dtype)
+    for b, h in itertools.product(range(x.shape[0]), range(x.shape[1])):
+        for start in range(0, x.shape[2], step):
+            part = x[b, h, start : start + step]
+            yield b, h, slice(start, start + step), kept[: part.numel()].view(part.shape).copy_(part)
 
 
 def _with_rows(out: Tensor, first: int, new: Tensor) -> Tensor:

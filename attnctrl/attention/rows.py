@@ -26,14 +26,14 @@ from torch import Tensor
 
 
 SCORES, BIAS, PATTERN, LOOK, OUTPUT = range(5)  # stages, in the order in which they act
-CHUNK = 1 << 18  # numbers of a temporary on the CPU: what stays in its cache costs a fraction of fresh memory
+CHUNK = 1 << 17  # numbers of a temporary on the CPU: what stays in its cache costs a fraction of fresh memory
 
 
 def pieces(x: Tensor, dim: int) -> tuple[Tensor, ...]:
     """`x` in slices along `dim`, on the CPU of about CHUNK numbers each: to copy into a wider type one by one."""
     size = x.shape[dim]
     if x.device.type == "cpu":
-        size = max(min(256, CHUNK), CHUNK * size // max(1, x.numel()))
+        size = CHUNK * size // max(1, x.numel())
     return x.split(max(1, size), dim)
 
 

@@ -1,8 +1,8 @@
 """Every control on every family, tried on tiny random models of the real classes.
 
-    python -m tests.families.matrix > docs/families.md
+    python -m tests.families.matrix > docs/families.md && python -m tests.language.matrix >> docs/families.md
 
-writes the table that `test_matrix.py` compares with the file.
+write the page, its second table from `tests/language/matrix.py`; `test_matrix.py` compares the first with the file.
 """
 
 from __future__ import annotations
