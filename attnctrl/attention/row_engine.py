@@ -1,10 +1,9 @@
-"""Runs edits of rows: explicit rows, in tiles of at most ``tiled.TILE`` scores (``rows.CHUNK`` on the CPU), beside the model's own
+"""Runs edits of rows: explicit rows, in tiles of at most ``tiled.TILE`` scores (half of ``rows.CHUNK`` on the CPU), beside the model's own
 kernel for the rest.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -135,7 +134,7 @@ def _explicit(
     count_kernel("explicit rows")
     wide = exact(q)
     scale = dim**-0.5 if scale is None else scale
-    tile = min(tiled.TILE, sizes.CHUNK) if q.device.type == "cpu" else tiled.TILE
+    tile = min(tiled.TILE, sizes.CHUNK // 2) if q.device.type == "cpu" else tiled.TILE
     step = max(1, tile // max(1, batch * heads * n_k))
     tiles = [range(start, min(start + step, n_q)) for start in range(first, n_q, step)]
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -195,30 +194,30 @@ def _explicit(
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     """q (B, H_kv, r, D) with k (B, H_kv, n, D) of a narrower type, (B, H_kv, r, n); no gradient."""
-    s = q.new_empty(*q.shape[:3], k.shape[2])
-    for b, h, at, wide in _widened(k, q.dtype):
-        torch.mm(q[b, h], wide.t(), out=s[b, h, :, at])
+    s, rows = q.new_empty(*q.shape[:3], k.shape[2]), q.flatten(0, 1)
+    for heads, wide in _widened(k, q.dtype):
+        torch.bmm(rows[heads], wide.transpose(1, 2), out=s.view(-1, *s.shape[2:])[heads])
     return s
 
 
 def _mixed(p: Tensor, v: Tensor) -> Tensor:
     """p (B, H_kv, r, n) with v (B, H_kv, n, D) of a narrower type, (B, H_kv, r, D); no gradient."""
-    out = p.new_zeros(*p.shape[:3], v.shape[3])
-    for b, h, at, wide in _widened(v, p.dtype):
-        out[b, h].addmm_(p[b, h, :, at], wide)
+    out, rows = p.new_empty(*p.shape[:3], v.shape[3]), p.flatten(0, 1)
+    for heads, wide in _widened(v, p.dtype):
+        torch.bmm(rows[heads], wide, out=out.view(-1, *out.shape[2:])[heads])
     return out
 
 
-def _widened(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, slice, Tensor]]:
-    """x (B, H, n, D) in a wider type, some rows at a time: (b, h, rows, (rows, D)). Each is gone when the next one comes."""
-    step = max(1, sizes.CHUNK // x.shape[3])
+def _widened(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """x (B, H, n, D) in a wider type, some of its B·H heads at a time: (heads, (heads, n, D)). Each is gone when the next one comes."""
+    each, x = x.shape[2] * x.shape[3], x.flatten(0, 1)
+    step = min(len(x), max(1, sizes.CHUNK // each))
     kept = getattr(_SCRATCH, "kept", None)
-    if kept is None or kept.dtype != dtype or kept.numel() < step * x.shape[3]:
-        kept = _SCRATCH.kept = torch.empty(step * x.shape[3], dtype=dtype)
-    for b, h in itertools.product(range(x.shape[0]), range(x.shape[1])):
-        for start in range(0, x.shape[2], step):
-            part = x[b, h, start : start + step]
-            yield b, h, slice(start, start + step), kept[: part.numel()].view(part.shape).copy_(part)
+    if kept is None or kept.dtype != dtype or kept.numel() < step * each:
+        kept = _SCRATCH.kept = torch.empty(step * each, dtype=dtype)
+    for start in range(0, len(x), step):
+        part = x[start : start + step]
+        yield slice(start, start + step), kept[: part.numel()].view(part.shape).copy_(part)
 
 
 def _with_rows(out: Tensor, first: int, new: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 
 SCORES, BIAS, PATTERN, LOOK, OUTPUT = range(5)  # stages, in the order in which they act
-CHUNK = 1 << 17  # numbers of a temporary on the CPU: what stays in its cache costs a fraction of fresh memory
+CHUNK = 1 << 18  # numbers of a temporary on the CPU: what stays in its cache costs a fraction of fresh memory
 
 
 def pieces(x: Tensor, dim: int) -> tuple[Tensor, ...]:
@@ -126,16 +126,15 @@ class Recycle(Edits):
     def __call__(self, p: Tensor) -> Tensor:
         n = self.sinks.shape[1]
         share = self.share.to(p) if isinstance(self.share, Tensor) else self.share
-        part, (image, free, sinks) = p[..., :n], self.sets_like(p)
-        on_free, on_sinks = part * free, part * sinks
-        mass_image, mass_free, mass_sinks = (x.sum(-1, keepdim=True) for x in (part * image, on_free, on_sinks))
+        parts = p[..., :n] * self.sets_like(p)
+        mass_image, mass_free, mass_sinks = parts.sum(-1, keepdim=True)
         edit = (mass_image >= self.min_image_mass) & (mass_free >= self.min_non_sink * mass_image) & (mass_free > 0)
         moved = share * mass_sinks * edit
         if self.tally is not None:
             self.tally.add(rows=float(mass_free.numel()), edited=edit.sum(), moved=moved.sum())
         new = p.clone()
-        new[..., :n].addcmul_(on_free, moved / torch.where(edit, mass_free, 1.0)).addcmul_(
-            on_sinks, -share * edit.to(p)
+        new[..., :n].addcmul_(parts[1], moved / torch.where(edit, mass_free, 1.0)).addcmul_(
+            parts[2], -share * edit.to(p)
         )
         return new
 

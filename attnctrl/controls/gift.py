@@ -227,16 +227,14 @@ class _Gaze(Edits):
     stage: ClassVar[int] = PATTERN
 
     def __call__(self, p: Tensor) -> Tensor:
-        part, (image, question, more) = p[..., : self.sets.shape[-1]], self.sets_like(p)
-        grown, on_question = part * more, part * question
-        seen, asked = (part * image).sum(-1), on_question.sum(-1)  # (B, H, r)
+        n = self.sets.shape[-1]
+        parts = p[..., :n] * self.sets_like(p)
+        seen, asked, grown = parts.sum(-1)  # (B, H, r)
         lookers, askers = _top_half(seen), _top_half(asked)
         before = (seen * lookers).sum(1, keepdim=True)
-        ratio = (grown.sum(-1) * lookers).sum(1, keepdim=True) / torch.where(before > 0, before, 1.0)  # above 1
+        ratio = (grown * lookers).sum(1, keepdim=True) / torch.where(before > 0, before, 1.0)  # above 1
         new = p.clone()
-        new[..., : part.shape[-1]].addcmul_(grown, lookers[..., None]).addcmul_(
-            on_question, (ratio * askers)[..., None]
-        )
+        new[..., :n].addcmul_(parts[2], lookers[..., None]).addcmul_(parts[1], (ratio * askers)[..., None])
         total = new.sum(-1, keepdim=True)
         return new.div_(torch.where(total > 0, total, 1.0))
 

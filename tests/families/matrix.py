@@ -16,6 +16,7 @@ import attnctrl as ac
 from attnctrl.controls import Control
 from attnctrl.families import FAMILIES, Family, find_family
 from attnctrl.processors import Session
+from attnctrl.processors.region_texts import RegionTexts
 from attnctrl.sites import Block, Site
 
 from ..models import TINY
@@ -36,12 +37,20 @@ the same length.
 """
 
 
-class PromptSession(Session):
-    """A session on a bare denoiser whose region prompts are encoded to fixed noise of the model's text shape."""
+class FixedTexts(RegionTexts):
+    """Texts of regions as fixed noise of the model's text shape, for denoisers without an encoder."""
 
-    def _encode(self, region, text):
-        generator = torch.Generator().manual_seed(len(region.prompt) + 11)
+    def _encode(self, name, prompt, embeds, text):
+        generator = torch.Generator().manual_seed(len(prompt) + 11)
         return torch.randn(1, text.shape[1], text.shape[-1], generator=generator)
+
+
+class PromptSession(Session):
+    """A session on a bare denoiser that knows the prompts of regions."""
+
+    def __init__(self, model, *controls):
+        super().__init__(model, *controls)
+        self._texts = FixedTexts(self)
 
 
 @dataclass(frozen=True)
