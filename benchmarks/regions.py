@@ -376,7 +376,7 @@ def main() -> None:
         lines += ["## Layout", "", *head]
         for objects in asked.objects:
             records = ways(objects, (PLAIN, REGIONS, BOTH))
-            for way in (BOTH,) if objects != 3 else ():  # the boxes of three are drawn like those of four
+            for way in (BOTH,) if objects == 2 else ():  # what the model reaches where no other object is asked for
                 records[f"alone, {way}"] = run.judge_all(
                     f"{objects}-objects-alone", way, partial(alone, objects=objects)
                 )
@@ -392,7 +392,6 @@ def main() -> None:
         causal = {
             "cut-off": (f"base_weight 0, stop 1, guidance {scale:g}", cut, scale),
             "regions": (usual, run.options[REGIONS], scale),
-            "open": (f"{usual}, isolate=False", run.options[OPEN], scale),
         }
         if scale != 1:
             causal["cut-off-no-guidance"] = ("base_weight 0, stop 1, guidance 1", cut, 1.0)

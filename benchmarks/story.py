@@ -5,7 +5,7 @@ when an object of the noun is in it. The story's look is the colour and size cla
 subject has both. What sharing may cost is counted beside it: scenes whose background is not what their prompt asks for, and how much the
 subject's boxes overlap between two scenes of a story (1: it always stands at the same place).
 
-    python -m benchmarks.story [--stories 50] [--record runs/story]
+    python -m benchmarks.story [--stories 25] [--record runs/story]
 """
 
 from __future__ import annotations
@@ -167,10 +167,10 @@ class Measurement:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.story", description=__doc__.splitlines()[0])
     parser.add_argument("--model", "-m", default="builtin:icons-t2i")
-    parser.add_argument("--stories", type=int, default=50, help=f"of {SCENES} scenes each")
+    parser.add_argument("--stories", type=int, default=25, help=f"of {SCENES} scenes each")
     parser.add_argument("--ways", nargs="+", default=[PLAIN, STORY, WHOLE], choices=[PLAIN, STORY, WHOLE])
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--guidance-scale", type=float, default=1.0)
     parser.add_argument("--layers")
     parser.add_argument("--start", type=float)
     parser.add_argument("--stop", type=float)

@@ -211,7 +211,7 @@ def _mixed(p: Tensor, v: Tensor) -> Tensor:
 def _widened(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """x (B, H, n, D) in a wider type, some of its B·H heads at a time: (heads, (heads, n, D)). Each is gone when the next one comes."""
     each, x = x.shape[2] * x.shape[3], x.flatten(0, 1)
-    step = min(len(x), max(1, sizes.CHUNK // each))
+    step = min(len(x), max(1, round(sizes.CHUNK / each)))
     kept = getattr(_SCRATCH, "kept", None)
     if kept is None or kept.dtype != dtype or kept.numel() < step * each:
         kept = _SCRATCH.kept = torch.empty(step * each, dtype=dtype)

@@ -65,7 +65,7 @@ class Gain(Edits):
     stage: ClassVar[int] = SCORES
 
     def __call__(self, s: Tensor) -> Tensor:
-        return s + self.factor.to(s)[:, :, None] * (s.abs() if self.absolute else s)
+        return torch.addcmul(s, self.factor.to(s)[:, :, None], s.abs() if self.absolute else s)
 
 
 @dataclass(frozen=True, eq=False)
