@@ -17,7 +17,7 @@ def inspect_model(model: str, revision: str | None = None) -> str:
     """A table of the model's attention sites, then the controls with what each would touch."""
     folder = resolve_model(model)
     with quiet_imports():
-        from ..controls import LanguageControl
+        from ..controls import LanguageControl, SubjectLayout
         from ..controls.spec import control_types
         from ..families import find_family
 
@@ -46,9 +46,12 @@ def inspect_model(model: str, revision: str | None = None) -> str:
             places = len(control.touches(sites)) + len(control.touches_blocks(family.blocks(skeleton)))
             if control.regions_in_use() and family.encode is None:
                 raise AttnCtrlError("this family's text cannot be appended to yet")
+            if isinstance(control, SubjectLayout) and not family.adapters:
+                raise AttnCtrlError("diffusers loads no IP-Adapter into this family")
             if control.moves and family.image_ids is None:
                 raise AttnCtrlError("this family's image tokens have no table of positions")
-            lines.append(f"  {name}: yes" + (f", at up to {places} places" if places else ""))
+            adapter = " that an IP-Adapter is loaded into" if isinstance(control, SubjectLayout) else ""
+            lines.append(f"  {name}: yes" + (f", at up to {places} places{adapter}" if places else ""))
         except AttnCtrlError as error:
             lines.append(f"  {name}: no: {str(error).splitlines()[0]}")
     return "\n".join(lines)

@@ -106,6 +106,7 @@ class Family:
         uncond_weight: pipeline -> the coefficient of the unconditional prediction in its running step, 1 − g.
         renormalizes: pipeline -> True when it rescales the guided prediction to the conditional one (`guidance_rescale`, …).
         lists: arguments that are lists with one entry per row of the batch (Z-Image); rows are counted by `image` then too.
+        adapters: diffusers loads IP-Adapters into this family.
         refuses: reasons by control name, or under "*" for all, why a control cannot work on this family.
     """
 
@@ -134,6 +135,7 @@ class Family:
     uncond_weight: Callable[[Any], float] = _uncond_weight
     renormalizes: Callable[[Any], bool] | None = None
     lists: tuple[str, ...] = ()
+    adapters: bool = False
     refuses: tuple[tuple[str, str], ...] = ()
 
     def sites(self, model: nn.Module) -> list[Site]:

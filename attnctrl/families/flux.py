@@ -44,6 +44,7 @@ FLUX = Family(
     grid=of_ids,
     lengths=with_references(of_ids),
     encode=_encode,
+    adapters=True,
     tokenizers=(("tokenizer_2", None),),
     text_ids="txt_ids",
     image_ids="img_ids",

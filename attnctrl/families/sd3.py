@@ -38,5 +38,6 @@ SD3 = Family(
     cfg="batched",
     grid=of_patches,
     encode=_encode,
+    adapters=True,
     tokenizers=(("tokenizer", None), ("tokenizer_3", "tokenizer_max_length")),
 )

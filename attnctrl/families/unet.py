@@ -54,6 +54,7 @@ UNET = Family(
     cfg="batched",
     grid=_grid,
     encode=_encode,
+    adapters=True,
     tokenizers=(("tokenizer", None),),
     text_mask="encoder_attention_mask",
     lengths=_lengths,
