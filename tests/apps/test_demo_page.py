@@ -89,11 +89,15 @@ def settings(page, **values):
 
 
 def until(page, tab, text):
-    page.wait_for_function(
-        "([id, text]) => document.querySelector(id).innerText.includes(text)",
-        arg=[f"#{tab}-status", text],
-        timeout=WAIT,
-    )
+    try:
+        page.wait_for_function(
+            "([id, text]) => document.querySelector(id).innerText.includes(text)",
+            arg=[f"#{tab}-status", text],
+            timeout=WAIT,
+        )
+    except Exception as error:  # playwright's, which is imported where a browser is there
+        told = page.locator(f"#{tab}-status").inner_text()
+        raise AssertionError(f"{text!r} never came; the page says {told!r}, errors {page.errors}") from error
 
 
 def pictures(page, place, folder):
